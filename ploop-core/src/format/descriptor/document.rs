@@ -1,0 +1,299 @@
+//! A descriptor as XML: reading element by element, and printing as the original does.
+//!
+//! Reading takes the elements we know out of their parents one by one; what stays is not ours and is kept.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+use super::{
+    DESCRIPTOR_NAME, DiskDescriptor, ENTRIES_MAX, Guid, Image, ImageKind, Rest, RestOf, Shot, Transition,
+    cluster_sectors, names_parent, wrong,
+};
+use crate::format::xml::{self, Node};
+
+/// An element being read: known children are taken out one by one, what stays is not ours.
+struct Element {
+    name: String,
+    attributes: Vec<(String, String)>,
+    children: Vec<Node>,
+}
+
+impl Element {
+    fn of(node: Node) -> Self {
+        Self { name: node.name, attributes: node.attributes, children: node.children }
+    }
+
+    fn take_all(&mut self, name: &str) -> Vec<Node> {
+        let (taken, kept) = self.children.drain(..).partition(|child| child.name == name);
+        self.children = kept;
+        taken
+    }
+
+    fn take(&mut self, name: &str) -> Result<Option<Node>> {
+        let mut taken = self.take_all(name);
+        if taken.len() > 1 {
+            return Err(wrong(format!("<{}> has {} elements <{name}>, not one", self.name, taken.len())));
+        }
+        Ok(taken.pop())
+    }
+
+    fn need(&mut self, name: &str) -> Result<Node> {
+        self.take(name)?.ok_or_else(|| wrong(format!("<{}> has no <{name}>", self.name)))
+    }
+
+    fn need_number(&mut self, name: &str) -> Result<u64> {
+        let node = self.need(name)?;
+        number(&node.text).ok_or_else(|| wrong(format!("<{name}> is not a number: {:?}", shown(&node.text))))
+    }
+
+    /// A number nobody depends on: 0 if it is missing or unreadable.
+    fn number(&mut self, name: &str) -> Result<u64> {
+        Ok(self.take(name)?.and_then(|node| number(&node.text)).unwrap_or(0))
+    }
+
+    fn need_guid(&mut self, name: &str) -> Result<Guid> {
+        let node = self.need(name)?;
+        node.text.trim().parse().map_err(|error: Error| wrong(format!("<{name}>: {error}")))
+    }
+
+    fn rest(self) -> Rest {
+        Rest { attributes: self.attributes, children: self.children }
+    }
+}
+
+/// The beginning of a text, for messages.
+fn shown(text: &str) -> String {
+    text.chars().take(60).collect()
+}
+
+/// A number as the original reads it: decimal, `0x` hexadecimal or `0` octal.
+fn number(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => (digits, 16),
+        None if text.len() > 1 && text.starts_with('0') => (&text[1..], 8),
+        None => (text, 10),
+    };
+    if !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    u64::from_str_radix(digits, radix).ok()
+}
+
+/// Checks the name of an image file (threat rule M4) and gives it back without a leading `./`.
+pub(super) fn file_name(name: &str) -> Result<&str> {
+    let refused = |why: &str| {
+        Err(wrong(format!("the file name {:?} {why}", shown(name))).advise(
+            "images lie in the descriptor's folder: move the file there and write its name alone into <File>",
+        ))
+    };
+    if name.starts_with('/') {
+        return refused("is an absolute path");
+    }
+    let relative = name.strip_prefix("./").unwrap_or(name);
+    let components: Vec<&str> = relative.split('/').collect();
+    if components.contains(&"..") {
+        return refused("leads out of the folder");
+    }
+    if components.len() > 2 {
+        return refused("lies deeper than one folder");
+    }
+    if components.iter().any(|part| part.is_empty() || *part == "." || part.len() > 255) {
+        return refused("is not the name of a file");
+    }
+    if relative.chars().any(char::is_control) {
+        return refused("has control characters in it");
+    }
+    if components.len() == 1 && relative.starts_with(DESCRIPTOR_NAME) {
+        return refused("belongs to the descriptor itself");
+    }
+    Ok(relative)
+}
+
+impl DiskDescriptor {
+    /// As [`parse`](Self::parse) for a descriptor that lies in `folder`: absolute file names that begin with that
+    /// folder, as old tools wrote them, are taken as names in it.
+    pub fn parse_in(bytes: &[u8], folder: Option<&Path>) -> Result<Self> {
+        let mut root = Element::of(xml::parse(bytes)?);
+        let mut parameters = Element::of(root.need("Disk_Parameters")?);
+        let mut data = Element::of(root.need("StorageData")?);
+        let volume = data.take("Volume")?;
+        let storages = data.take_all("Storage");
+        let [storage] = <[Node; 1]>::try_from(storages).map_err(|storages| {
+            wrong(format!("<StorageData> has {} elements <Storage>, not one", storages.len()))
+                .advise("disks split into several storages cannot be opened")
+        })?;
+        let mut storage = Element::of(storage);
+        let mut snapshots = Element::of(root.need("Snapshots")?);
+
+        let disk_sectors = parameters.need_number("Disk_size")?;
+        let delta_sectors_max = Some(parameters.number("Max_delta_size")?).filter(|&sectors| sectors > 0);
+        let cylinders = parameters.number("Cylinders")?;
+        let heads = parameters.number("Heads")?;
+        for computed in ["Sectors", "Padding"] {
+            parameters.number(computed)?;
+        }
+        if storage.number("Start")? != 0 {
+            return Err(wrong("<Start> is not 0: disks split into several storages cannot be opened"));
+        }
+        storage.number("End")?;
+        let cluster_sectors = cluster_sectors(storage.need_number("Blocksize")?)?;
+        let preallocated = match storage.take("Preallocated")?.map(|node| number(&node.text)) {
+            None | Some(Some(0)) => false,
+            Some(Some(1)) => true,
+            Some(_) => return Err(wrong("<Preallocated> is neither 0 nor 1")),
+        };
+        let images = read_entries(storage.take_all("Image"), |image| read_image(image, folder))?;
+        let top = match snapshots.take("TopGUID")? {
+            Some(node) => {
+                Some(node.text.trim().parse().map_err(|error: Error| wrong(format!("<TopGUID>: {error}")))?)
+            }
+            None => None,
+        };
+        let mut shots = read_entries(snapshots.take_all("Shot"), read_shot)?;
+        let has_parent_volume = volume.as_ref().is_some_and(names_parent);
+        if !has_parent_volume {
+            add_missing_shot(&images, &mut shots);
+        }
+        let top = match top {
+            Some(top) => top,
+            None if shots.iter().any(|shot| shot.guid == Guid::TOP) => Guid::TOP,
+            None => {
+                return Err(wrong(format!("no <TopGUID>, and no <Shot> is {}", Guid::TOP))
+                    .advise("add <TopGUID> with the GUID of the writable image"));
+            }
+        };
+        let descriptor = Self {
+            root: root.name.clone(),
+            disk_sectors,
+            delta_sectors_max,
+            cylinders,
+            heads,
+            cluster_sectors,
+            preallocated,
+            images,
+            shots,
+            top,
+            volume,
+            rest: RestOf {
+                root: root.rest(),
+                parameters: parameters.rest(),
+                data: data.rest(),
+                storage: storage.rest(),
+                snapshots: snapshots.rest(),
+            },
+        };
+        descriptor.validate()?;
+        Ok(descriptor)
+    }
+
+    /// The document. Reading it gives this very value back.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut parameters = vec![Node::with_text("Disk_size", self.disk_sectors)];
+        if let Some(sectors) = self.delta_sectors_max {
+            parameters.push(Node::with_text("Max_delta_size", sectors));
+        }
+        let surfaces = self.cylinders.saturating_mul(self.heads);
+        parameters.extend([
+            Node::with_text("Cylinders", self.cylinders),
+            Node::with_text("Heads", self.heads),
+            Node::with_text("Sectors", self.disk_sectors.checked_div(surfaces).unwrap_or(0)),
+            Node::with_text("Padding", 0),
+        ]);
+        let mut storage = vec![
+            Node::with_text("Start", 0),
+            Node::with_text("End", self.disk_sectors),
+            Node::with_text("Blocksize", self.cluster_sectors),
+        ];
+        if self.preallocated {
+            storage.push(Node::with_text("Preallocated", 1));
+        }
+        storage.extend(self.images.iter().map(Image::node));
+        let mut snapshots = vec![Node::with_text("TopGUID", self.top)];
+        snapshots.extend(self.shots.iter().map(Shot::node));
+        let rest = &self.rest;
+        let mut data: Vec<Node> = self.volume.clone().into_iter().collect();
+        data.push(rest.storage.around("Storage", storage));
+        let sections = vec![
+            rest.parameters.around("Disk_Parameters", parameters),
+            rest.data.around("StorageData", data),
+            rest.snapshots.around("Snapshots", snapshots),
+        ];
+        xml::print(&rest.root.around(&self.root, sections)).into_bytes()
+    }
+}
+
+fn read_entries<T>(nodes: Vec<Node>, read: impl Fn(Element) -> Result<T>) -> Result<Vec<T>> {
+    if nodes.len() > ENTRIES_MAX {
+        return Err(wrong(format!("more than {ENTRIES_MAX} images or shots")));
+    }
+    nodes.into_iter().map(|node| read(Element::of(node))).collect()
+}
+
+fn read_image(mut image: Element, folder: Option<&Path>) -> Result<Image> {
+    let guid = image.need_guid("GUID")?;
+    let kind = match image.need("Type")?.text.trim() {
+        "Compressed" => ImageKind::Image,
+        "Plain" => ImageKind::Plain,
+        other => return Err(wrong(format!("the image {guid} is of the unknown type {:?}", shown(other)))),
+    };
+    let named = image.need("File")?.text;
+    let inside = folder
+        .filter(|folder| folder.is_absolute())
+        .and_then(|folder| Path::new(&named).strip_prefix(folder).ok()?.to_str());
+    let file = file_name(inside.unwrap_or(&named))?.to_owned();
+    Ok(Image { guid, kind, file, rest: image.rest() })
+}
+
+fn read_shot(mut shot: Element) -> Result<Shot> {
+    let guid = shot.need_guid("GUID")?;
+    let parent = shot.need_guid("ParentGUID")?;
+    let mut transition = None;
+    for candidate in Transition::ALL {
+        if shot.take(candidate.name())?.is_some() && transition.replace(candidate).is_some() {
+            return Err(wrong(format!("the shot {guid} is in two transitional states at once")));
+        }
+    }
+    Ok(Shot { guid, parent, transition, rest: shot.rest() })
+}
+
+/// The one repair of the original: the top's image without a shot is a disk that never had a snapshot.
+fn add_missing_shot(images: &[Image], shots: &mut Vec<Shot>) {
+    let top_has_image = images.iter().any(|image| image.guid == Guid::TOP);
+    let top_has_shot = shots.iter().any(|shot| shot.guid == Guid::TOP);
+    if images.len() == shots.len() + 1 && top_has_image && !top_has_shot {
+        shots.push(Shot { guid: Guid::TOP, parent: Guid::NONE, transition: None, rest: Rest::default() });
+    }
+}
+
+impl Rest {
+    /// The element: what is ours first, then this.
+    fn around(&self, name: &str, mut ours: Vec<Node>) -> Node {
+        ours.extend(self.children.iter().cloned());
+        Node { attributes: self.attributes.clone(), children: ours, ..Node::new(name) }
+    }
+}
+
+impl Image {
+    fn node(&self) -> Node {
+        let kind = match self.kind {
+            ImageKind::Image => "Compressed",
+            ImageKind::Plain => "Plain",
+        };
+        let ours = vec![
+            Node::with_text("GUID", self.guid),
+            Node::with_text("Type", kind),
+            Node::with_text("File", &self.file),
+        ];
+        self.rest.around("Image", ours)
+    }
+}
+
+impl Shot {
+    fn node(&self) -> Node {
+        let mut ours = vec![Node::with_text("GUID", self.guid), Node::with_text("ParentGUID", self.parent)];
+        ours.extend(self.transition.map(|transition| Node::new(transition.name())));
+        self.rest.around("Shot", ours)
+    }
+}

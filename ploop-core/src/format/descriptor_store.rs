@@ -1,0 +1,151 @@
+//! The descriptor on disk: read within limits, replaced atomically.
+//!
+//! At every instant the folder holds wholly the old descriptor or wholly the new one (I10): the new one is written
+//! under a temporary name of its own, synced, renamed over the old one, and the folder synced. The caller has made
+//! durable every file that the new one names *before*. A temporary file that a crash leaves behind is never adopted.
+
+use std::io;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Access, Folder, Storage, StorageExt, ownership};
+use crate::mutant::{self, Mutant};
+
+use super::descriptor::{DESCRIPTOR_NAME, DiskDescriptor};
+use super::guid::Guid;
+use super::xml::DOCUMENT_BYTES_MAX;
+
+/// What the names of our temporary descriptors begin with.
+pub const TEMPORARY_PREFIX: &str = "DiskDescriptor.xml.tmp.";
+
+impl DiskDescriptor {
+    /// Reads the descriptor of the bundle in `folder`. `path` is that folder's, for absolute names written by old
+    /// tools; `None` refuses those.
+    pub fn load(folder: &dyn Folder, path: Option<&std::path::Path>) -> Result<Self> {
+        read_document(folder)
+            .and_then(|bytes| Self::parse_in(&bytes, path))
+            .map_err(|error| error.at_path(path.unwrap_or(std::path::Path::new("")).join(DESCRIPTOR_NAME)))
+    }
+
+    /// Replaces the descriptor of the bundle in `folder` by this one, or makes the first one; it is durable when this
+    /// returns. A top without the constant GUID is converted on the way; owner and mode of the old file are kept.
+    ///
+    /// After an error before the rename the old descriptor stands. An error of the folder's sync
+    /// ([`ErrorKind::OutcomeUnknown`]) leaves open which of the two is there after a power loss: the caller treats
+    /// the bundle as poisoned and does nothing that relies on either.
+    pub fn store(&self, folder: &dyn Folder) -> Result<()> {
+        self.store_as(folder, Replace::Always)
+    }
+
+    /// As [`store`](Self::store), for a bundle that must not have a descriptor yet ([`ErrorKind::Create`]).
+    pub fn store_new(&self, folder: &dyn Folder) -> Result<()> {
+        self.store_as(folder, Replace::Never)
+    }
+
+    fn store_as(&self, folder: &dyn Folder, replace: Replace) -> Result<()> {
+        let mut converted = self.clone();
+        converted.convert_top()?;
+        let bytes = converted.to_bytes();
+        if bytes.len() > DOCUMENT_BYTES_MAX {
+            return Err(Error::new(
+                ErrorKind::Descriptor,
+                format!("write descriptor: {} bytes are more than anybody reads", bytes.len()),
+            ));
+        }
+        let name = temporary_name();
+        let written = write_temporary(folder, &name, &bytes, replace).and_then(|()| {
+            let renamed = match replace {
+                Replace::Always => folder.rename(&name, DESCRIPTOR_NAME),
+                Replace::Never => folder.rename_exclusive(&name, DESCRIPTOR_NAME),
+            };
+            renamed.map_err(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => {
+                    Error::io(ErrorKind::Create, "write descriptor: there is one", error)
+                }
+                _ => Error::io(ErrorKind::Rename, "write descriptor: rename it into place", error),
+            })
+        });
+        if let Err(error) = written {
+            return Err(remove_temporary(folder, &name, error).at_path(DESCRIPTOR_NAME));
+        }
+        if mutant::is_active(Mutant::RenameWithoutFolderSync) {
+            return Ok(());
+        }
+        folder.sync().map_err(|error| {
+            Error::io(
+                ErrorKind::OutcomeUnknown,
+                "write descriptor: the folder cannot be synced; the old or the new one may be there later",
+                error,
+            )
+            .at_path(DESCRIPTOR_NAME)
+            .advise(
+                "stop using this disk, repair its file system, then look at the descriptor before going on",
+            )
+        })
+    }
+}
+
+/// Whether an existing descriptor is replaced.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Replace {
+    Always,
+    Never,
+}
+
+fn temporary_name() -> String {
+    let random = Guid::random().to_string();
+    format!("{TEMPORARY_PREFIX}{}", random.trim_matches(['{', '}']))
+}
+
+fn read_document(folder: &dyn Folder) -> Result<Vec<u8>> {
+    let failed = |error: io::Error| {
+        let kind =
+            if error.kind() == io::ErrorKind::NotFound { ErrorKind::Descriptor } else { ErrorKind::Read };
+        Error::io(kind, "read descriptor", error)
+    };
+    let storage = folder.open(DESCRIPTOR_NAME, Access::ReadOnly).map_err(failed)?;
+    let len = storage.len().map_err(failed)?;
+    let len = usize::try_from(len).ok().filter(|&len| len <= DOCUMENT_BYTES_MAX).ok_or_else(|| {
+        Error::new(ErrorKind::Descriptor, format!("read descriptor: {len} bytes are too many"))
+    })?;
+    let mut bytes = vec![0; len];
+    storage.read_exact_at(0, &mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
+fn write_temporary(folder: &dyn Folder, name: &str, bytes: &[u8], replace: Replace) -> Result<()> {
+    let failed = |kind: ErrorKind| move |error: io::Error| Error::io(kind, "write descriptor", error);
+    let storage = folder.create_exclusive(name).map_err(failed(ErrorKind::Create))?;
+    if replace == Replace::Always {
+        keep_ownership(folder, &*storage)?;
+    }
+    storage.write_all_at(0, bytes).map_err(failed(ErrorKind::Write))?;
+    if mutant::is_active(Mutant::RenameUnsyncedFile) {
+        return Ok(());
+    }
+    storage.sync_data().map_err(failed(ErrorKind::Sync))
+}
+
+fn keep_ownership(folder: &dyn Folder, new: &dyn Storage) -> Result<()> {
+    match folder.open(DESCRIPTOR_NAME, Access::ReadOnly) {
+        Ok(old) => ownership::copy(&*old, new).map_err(|error| {
+            Error::io(ErrorKind::System, "write descriptor: keep the owner and mode of the old one", error)
+                .advise("run this as the owner of the descriptor, or as root")
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io(ErrorKind::Open, "write descriptor: open the old one", error)),
+    }
+}
+
+/// Takes the temporary file away after `error`; says so if that fails as well.
+fn remove_temporary(folder: &dyn Folder, name: &str, error: Error) -> Error {
+    match folder.unlink(name) {
+        Ok(()) => error,
+        Err(cleaning) if cleaning.kind() == io::ErrorKind::NotFound => error,
+        Err(cleaning) => {
+            error.advise(format!("remove the file {name}, which could not be removed: {cleaning}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! Deliberate breaches of the write protocol, to prove that the tests would see them.
+//!
+//! Each [`Mutant`] is one mistake that loses data. Code that keeps the rule asks [`is_active`] at the very place
+//! where the rule could be broken; without the feature "testing" the answer is a constant `false` and the question
+//! costs nothing. The crash simulator runs single-threaded, so a mutant is active for one thread only.
+
+/// One broken rule (numbers of the test programme, section 1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mutant {
+    /// M1: table written before the sync that makes content durable.
+    TableBeforeContentSync,
+    /// M2: that first sync left out.
+    NoContentSync,
+    /// M3: one sync for content and table together.
+    SingleSync,
+    /// M4: a copied-up cluster published before its content is complete.
+    PublishBeforeComplete,
+    /// M5: a freed cluster reused before its clearing is durable.
+    ReuseBeforeClearDurable,
+    /// M6: a freed cluster punched after it was handed out again.
+    PunchAfterReuse,
+    /// M7: the in-use mark cleared before the last sync.
+    ClosedBeforeLastSync,
+    /// M8: a file renamed without having been synced.
+    RenameUnsyncedFile,
+    /// M9: a rename without a sync of the folder.
+    RenameWithoutFolderSync,
+    /// M10: the header sector rewritten from a stale copy, losing entries 0..111.
+    StaleHeaderSector,
+    /// M11: an error of a sync ignored.
+    SyncErrorIgnored,
+    /// M12: a failed sync tried again.
+    SyncRetried,
+    /// M13: a size extension not synced before a pointer to it.
+    ExtensionNotSynced,
+    /// M15: copied-up data written to the wrong place when a hole is reused.
+    CopyUpMisplaced,
+    /// M16: tracker marked before the write only.
+    MarkBeforeWrite,
+}
+
+impl Mutant {
+    /// Every mutant.
+    pub const ALL: [Self; 15] = [
+        Self::TableBeforeContentSync,
+        Self::NoContentSync,
+        Self::SingleSync,
+        Self::PublishBeforeComplete,
+        Self::ReuseBeforeClearDurable,
+        Self::PunchAfterReuse,
+        Self::ClosedBeforeLastSync,
+        Self::RenameUnsyncedFile,
+        Self::RenameWithoutFolderSync,
+        Self::StaleHeaderSector,
+        Self::SyncErrorIgnored,
+        Self::SyncRetried,
+        Self::ExtensionNotSynced,
+        Self::CopyUpMisplaced,
+        Self::MarkBeforeWrite,
+    ];
+}
+
+#[cfg(any(test, feature = "testing"))]
+thread_local! {
+    static ACTIVE: std::cell::Cell<Option<Mutant>> = const { std::cell::Cell::new(None) };
+}
+
+/// Breaks one rule on this thread, or none.
+#[cfg(any(test, feature = "testing"))]
+pub fn activate(mutant: Option<Mutant>) {
+    ACTIVE.set(mutant);
+}
+
+/// Whether this thread is to break that rule.
+#[cfg(any(test, feature = "testing"))]
+pub fn is_active(mutant: Mutant) -> bool {
+    ACTIVE.get() == Some(mutant)
+}
+
+/// Whether this thread is to break that rule: never, outside tests.
+#[cfg(not(any(test, feature = "testing")))]
+#[inline]
+pub const fn is_active(_mutant: Mutant) -> bool {
+    false
+}

@@ -1,0 +1,220 @@
+//! A new disk: one image and its descriptor.
+//!
+//! The image is built under a temporary name, synced, and only then given its name, which must be free; the
+//! descriptor comes last and is the moment the disk exists (crash model, section 5). Until then a crash leaves at
+//! most a file that no descriptor names, and an error leaves nothing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::geometry::{CLUSTER_SECTORS_DEFAULT, Geometry, Version};
+use crate::format::{self, DESCRIPTOR_NAME, DiskDescriptor, Guid, Mode, create_image};
+use crate::io::file::DirectoryFolder;
+use crate::io::{Folder, Storage};
+use crate::mutant::{self, Mutant};
+use crate::units::Sectors;
+
+/// What to create.
+#[derive(Clone, Debug)]
+pub struct CreateOptions {
+    /// The folder of the new disk. It exists, and has no descriptor yet.
+    pub folder: PathBuf,
+    /// Name of the image in it; must be free.
+    pub file: String,
+    /// Size of the disk, rounded up to whole clusters.
+    pub disk: Sectors,
+    /// Version of the image format; says nothing for a raw disk.
+    pub version: Version,
+    /// Size of a cluster: a power of two from 64 to 131072 sectors.
+    pub cluster: Sectors,
+    /// How the disk lies in the image.
+    pub mode: Mode,
+}
+
+impl CreateOptions {
+    /// An expanded image of version 2 with clusters of 1 MiB.
+    pub fn new(folder: impl Into<PathBuf>, file: impl Into<String>, disk: Sectors) -> Self {
+        Self {
+            folder: folder.into(),
+            file: file.into(),
+            disk,
+            version: Version::V2,
+            cluster: Sectors(u64::from(CLUSTER_SECTORS_DEFAULT)),
+            mode: Mode::Expanded,
+        }
+    }
+}
+
+/// What was created.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CreateReport {
+    /// The image file.
+    pub image: PathBuf,
+    /// The descriptor.
+    pub descriptor: PathBuf,
+    /// Size of the disk in bytes, after rounding.
+    pub disk_bytes: u64,
+    /// Size of a cluster in bytes.
+    pub cluster_bytes: u64,
+    /// Version of the image format: 1 or 2; none for a raw disk.
+    pub version: Option<u8>,
+    /// `raw`, `expanded` or `preallocated`.
+    pub mode: &'static str,
+    /// Length of the image file in bytes.
+    pub file_bytes: u64,
+}
+
+/// Creates a disk. Fails with [`ErrorKind::Parameter`] for sizes beyond a limit and for names that are taken.
+pub fn create(options: &CreateOptions) -> Result<CreateReport> {
+    create_in(&DirectoryFolder::open(&options.folder)?, options)
+}
+
+/// As [`create`], in an open folder; `options.folder` is only for messages.
+pub fn create_in(folder: &dyn Folder, options: &CreateOptions) -> Result<CreateReport> {
+    let geometry = geometry(options)?;
+    let descriptor =
+        DiskDescriptor::new_single(&options.file, options.mode, geometry.disk_sectors(), options.cluster)
+            .map_err(|error| error.with_kind(ErrorKind::Parameter))?;
+    if options.file.contains('/') {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            format!("create disk: {:?} is not the name of a file", options.file),
+        ));
+    }
+    for name in [options.file.as_str(), DESCRIPTOR_NAME] {
+        let taken = folder.exists(name).map_err(|error| {
+            Error::io(ErrorKind::Stat, "create disk: look for a file of that name", error)
+                .at_path(options.folder.join(name))
+        })?;
+        if taken {
+            return Err(is_taken(&options.folder.join(name)));
+        }
+    }
+    let image = options.folder.join(&options.file);
+    let file_bytes = place_image(folder, options, &geometry).map_err(|error| error.at_path(&image))?;
+    if let Err(error) = descriptor.store_new(folder) {
+        let error = error.at_path(options.folder.join(DESCRIPTOR_NAME));
+        return Err(match error.kind() {
+            ErrorKind::OutcomeUnknown => withdraw(folder, options, error),
+            _ => remove(folder, &options.file, error),
+        });
+    }
+    Ok(CreateReport {
+        image,
+        descriptor: options.folder.join(DESCRIPTOR_NAME),
+        disk_bytes: geometry.disk_bytes(),
+        cluster_bytes: geometry.cluster_bytes(),
+        version: version_number(&geometry),
+        mode: options.mode.name(),
+        file_bytes,
+    })
+}
+
+/// 1 or 2; none for a raw image.
+pub(super) fn version_number(geometry: &Geometry) -> Option<u8> {
+    match (geometry.is_raw(), geometry.version()) {
+        (true, _) => None,
+        (false, Version::V1) => Some(1),
+        (false, Version::V2) => Some(2),
+    }
+}
+
+fn geometry(options: &CreateOptions) -> Result<Geometry> {
+    let too_large =
+        || Error::new(ErrorKind::Parameter, format!("create disk: {} are too many", options.disk));
+    let disk = match options.cluster.0 {
+        0 => options.disk,
+        cluster => Sectors(options.disk.0.checked_next_multiple_of(cluster).ok_or_else(too_large)?),
+    };
+    // The limits of an image hold for a raw disk as well: it may get snapshots.
+    let version = if options.mode == Mode::Raw { Version::V2 } else { options.version };
+    let geometry = Geometry::new(version, options.cluster, disk)?;
+    match options.mode {
+        Mode::Raw => Geometry::raw(options.cluster, geometry.disk_bytes()),
+        Mode::Expanded | Mode::Preallocated => Ok(geometry),
+    }
+}
+
+fn is_taken(path: &Path) -> Error {
+    Error::new(ErrorKind::Parameter, "create disk: the file exists")
+        .at_path(path)
+        .advise("choose another name or folder; nothing was changed")
+}
+
+/// Builds the image under a temporary name and gives it its own; says how long it is.
+fn place_image(folder: &dyn Folder, options: &CreateOptions, geometry: &Geometry) -> Result<u64> {
+    let random = Guid::random().to_string();
+    let temporary = format!("{}.tmp.{}", options.file, random.trim_matches(['{', '}']));
+    let storage = folder
+        .create_exclusive(&temporary)
+        .map_err(|error| Error::io(ErrorKind::Create, "create disk: create a file", error))?;
+    let built = build(&*storage, options, geometry).and_then(|file_bytes| {
+        folder.rename_exclusive(&temporary, &options.file).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => is_taken(&options.folder.join(&options.file)),
+            _ => Error::io(ErrorKind::Rename, "create disk: give the image its name", error),
+        })?;
+        Ok(file_bytes)
+    });
+    let file_bytes = built.map_err(|error| remove(folder, &temporary, error))?;
+    if mutant::is_active(Mutant::RenameWithoutFolderSync) {
+        return Ok(file_bytes);
+    }
+    folder.sync().map_err(|error| {
+        let error = Error::io(ErrorKind::Sync, "create disk: sync the folder", error);
+        remove(folder, &options.file, error)
+    })?;
+    Ok(file_bytes)
+}
+
+fn build(storage: &dyn Storage, options: &CreateOptions, geometry: &Geometry) -> Result<u64> {
+    match options.mode {
+        Mode::Raw => {
+            storage
+                .set_len(geometry.disk_bytes())
+                .map_err(|error| Error::io(ErrorKind::Truncate, "create disk: extend the image", error))?;
+            if !mutant::is_active(Mutant::RenameUnsyncedFile) {
+                storage
+                    .sync_data()
+                    .map_err(|error| Error::io(ErrorKind::Sync, "create disk: sync the image", error))?;
+            }
+        }
+        Mode::Expanded | Mode::Preallocated => create_image(
+            storage,
+            &format::CreateOptions {
+                geometry: geometry.clone(),
+                preallocated: options.mode == Mode::Preallocated,
+            },
+        )?,
+    }
+    storage.len().map_err(|error| Error::io(ErrorKind::Stat, "create disk: measure the image", error))
+}
+
+/// Takes a file away after `error`; says so if that fails as well.
+fn remove(folder: &dyn Folder, name: &str, error: Error) -> Error {
+    match folder.unlink(name) {
+        Ok(()) => error,
+        Err(cleaning) if cleaning.kind() == io::ErrorKind::NotFound => error,
+        Err(cleaning) => {
+            error.advise(format!("remove the file {name}, which could not be removed: {cleaning}"))
+        }
+    }
+}
+
+/// Takes a disk back whose descriptor may or may not be durable: the descriptor first, and the image only when no
+/// descriptor can name it any more (I10).
+fn withdraw(folder: &dyn Folder, options: &CreateOptions, error: Error) -> Error {
+    let withdrawn = folder.unlink(DESCRIPTOR_NAME).and_then(|()| folder.sync());
+    match withdrawn {
+        Ok(()) => remove(folder, &options.file, error.with_kind(ErrorKind::Sync)),
+        Err(_) => error.advise(format!(
+            "repair the file system; then remove {DESCRIPTOR_NAME} and {}, or keep them if both are there",
+            options.file
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,255 @@
+//! What a disk is: from its descriptor and the headers and tables of its images, changing and locking nothing.
+//!
+//! It may be asked of a disk that is in use; the numbers are then those of the files at that moment. What cannot be
+//! found out about one image is said there and does not hide the rest.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::geometry::ENTRY_BYTES;
+use crate::format::header::HEADER_BYTES;
+use crate::format::{DESCRIPTOR_NAME, Geometry, Guid, Header, InUse, Probe, probe};
+use crate::io::file::{self, FileStorage};
+use crate::io::{Access, Storage, StorageExt, sys};
+use crate::ops::create::version_number;
+use crate::ops::open::{Bundle, Place, place};
+use crate::units::Sectors;
+
+/// Bytes of a table read at a time.
+const TABLE_PIECE_BYTES: u64 = 1 << 20;
+
+/// What to look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InfoOptions {
+    /// A descriptor, its folder, or an image.
+    pub path: PathBuf,
+}
+
+/// What a disk is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct InfoReport {
+    /// The descriptor, if there is one.
+    pub descriptor: Option<PathBuf>,
+    /// Size of the disk in bytes.
+    pub disk_bytes: u64,
+    /// Size of a cluster in bytes; 0 if unknown (a raw image without descriptor).
+    pub cluster_bytes: u64,
+    /// Version of the image format, 1 or 2; none for a raw disk, or if the top cannot be read.
+    pub version: Option<u8>,
+    /// `raw`, `expanded` or `preallocated`.
+    pub mode: &'static str,
+    /// How many snapshots there are; the current state is none.
+    pub snapshots: u64,
+    /// Whether the top says that it was not closed.
+    pub in_use: bool,
+    /// Whether a program has one of the images open.
+    pub open_by_program: bool,
+    /// Clusters allocated in all images.
+    pub allocated_clusters: u64,
+    /// Length of all image files in bytes.
+    pub file_bytes: u64,
+    /// What all image files take on the host, in bytes.
+    pub host_bytes: u64,
+    /// The images, in the order of the descriptor.
+    pub images: Vec<ImageReport>,
+}
+
+/// What one image is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ImageReport {
+    /// The file, as the descriptor names it.
+    pub file: String,
+    /// Its name, if there is a descriptor.
+    pub guid: Option<String>,
+    /// What it stands on; none for a base.
+    pub parent: Option<String>,
+    /// Whether it is the current state.
+    pub current: bool,
+    /// A state between two descriptors, in the descriptor's word.
+    pub transition: Option<String>,
+    /// Version of the format; none for a raw image.
+    pub version: Option<u8>,
+    /// Size of the disk that it describes, in bytes.
+    pub disk_bytes: u64,
+    /// Size of its clusters in bytes.
+    pub cluster_bytes: u64,
+    /// Clusters it holds.
+    pub allocated_clusters: u64,
+    /// Length of the file in bytes.
+    pub file_bytes: u64,
+    /// What the file takes on the host, in bytes.
+    pub host_bytes: u64,
+    /// The in-use mark: `closed`, `closed-with-extension`, `open` or its number; `none` for a raw image.
+    pub in_use: String,
+    /// Whether a program has it open.
+    pub open_by_program: bool,
+    /// Why it could not be examined.
+    pub problem: Option<String>,
+}
+
+/// Examines a disk.
+pub fn info(options: &InfoOptions) -> Result<InfoReport> {
+    match place(&options.path)? {
+        Place::Bundle(folder) => bundle(&folder),
+        Place::Image(path) => single(&path),
+    }
+}
+
+fn file_options() -> file::OpenOptions {
+    file::OpenOptions::new(Access::ReadOnly).or_block_device()
+}
+
+fn bundle(path: &Path) -> Result<InfoReport> {
+    let bundle = Bundle::open(path)?;
+    let descriptor = &bundle.descriptor;
+    let mut images = Vec::new();
+    for image in descriptor.images() {
+        let shot = descriptor.shot(image.guid());
+        let parent = shot.map(|shot| shot.parent()).filter(|&parent| parent != Guid::NONE);
+        let raw = (descriptor.is_raw() && parent.is_none()).then(|| descriptor.cluster_sectors());
+        let found = bundle.open_image(image, &file_options()).and_then(|storage| {
+            let path = path.join(image.file());
+            examine(&storage, raw).map_err(|error| error.at_path(path))
+        });
+        let found = found.unwrap_or_else(problem);
+        images.push(ImageReport {
+            guid: Some(image.guid().to_string()),
+            parent: parent.map(|parent| parent.to_string()),
+            current: image.guid() == descriptor.top_guid(),
+            transition: shot
+                .and_then(|shot| shot.transition())
+                .map(|transition| transition.name().to_owned()),
+            file: image.file().to_owned(),
+            ..found
+        });
+    }
+    let report = InfoReport {
+        descriptor: Some(path.join(DESCRIPTOR_NAME)),
+        disk_bytes: descriptor.disk_sectors().checked_bytes().unwrap_or(u64::MAX),
+        cluster_bytes: descriptor.cluster_sectors().checked_bytes().unwrap_or(u64::MAX),
+        mode: descriptor.mode().name(),
+        snapshots: (descriptor.shots().len() as u64).saturating_sub(1),
+        ..summary(images)
+    };
+    Ok(report)
+}
+
+fn single(path: &Path) -> Result<InfoReport> {
+    let storage = FileStorage::open(path, &file_options())?;
+    let image = examine(&storage, None).map_err(|error| error.at_path(path))?;
+    let image = ImageReport { file: path.display().to_string(), current: true, ..image };
+    let preallocated = image.allocated_clusters > 0
+        && image.cluster_bytes > 0
+        && image.allocated_clusters == image.disk_bytes.div_ceil(image.cluster_bytes);
+    let mode = if preallocated { "preallocated" } else { "expanded" };
+    Ok(InfoReport {
+        disk_bytes: image.disk_bytes,
+        cluster_bytes: image.cluster_bytes,
+        mode,
+        ..summary(vec![image])
+    })
+}
+
+/// What follows from the images.
+fn summary(images: Vec<ImageReport>) -> InfoReport {
+    let sum = |field: fn(&ImageReport) -> u64| images.iter().map(field).fold(0, u64::saturating_add);
+    let top = images.iter().find(|image| image.current);
+    InfoReport {
+        descriptor: None,
+        disk_bytes: 0,
+        cluster_bytes: 0,
+        version: top.and_then(|top| top.version),
+        mode: "",
+        snapshots: 0,
+        in_use: top.is_some_and(|top| top.in_use == "open"),
+        open_by_program: images.iter().any(|image| image.open_by_program),
+        allocated_clusters: sum(|image| image.allocated_clusters),
+        file_bytes: sum(|image| image.file_bytes),
+        host_bytes: sum(|image| image.host_bytes),
+        images,
+    }
+}
+
+/// The report of an image that cannot be examined.
+fn problem(error: Error) -> ImageReport {
+    ImageReport { in_use: "unknown".to_owned(), problem: Some(error.to_string()), ..ImageReport::default() }
+}
+
+/// Examines one image; `raw` holds the cluster size of a raw one.
+fn examine(storage: &FileStorage, raw: Option<Sectors>) -> Result<ImageReport> {
+    let failed = |error| Error::io(ErrorKind::Stat, "examine image", error);
+    let report = ImageReport {
+        file_bytes: storage.len().map_err(failed)?,
+        host_bytes: storage.allocated_bytes().map_err(failed)?,
+        open_by_program: sys::is_locked_by_other(storage.as_fd(), LOCKED_BYTES.0, LOCKED_BYTES.1)
+            .map_err(failed)?,
+        ..ImageReport::default()
+    };
+    if let Some(cluster) = raw {
+        let geometry = Geometry::raw(cluster, report.file_bytes)?;
+        return Ok(ImageReport {
+            allocated_clusters: u64::from(geometry.entries()),
+            in_use: "none".to_owned(),
+            ..sizes(report, &geometry)
+        });
+    }
+    match probe(storage)? {
+        Probe::Image(header) => {
+            let allocated_clusters = count_allocated(storage, header.geometry())?;
+            Ok(ImageReport { allocated_clusters, in_use: mark(&header), ..sizes(report, header.geometry()) })
+        }
+        Probe::NotAnImage => Err(Error::new(ErrorKind::Corrupt, "examine image: this is not a ploop image")
+            .advise("a raw disk is known only by its descriptor: name that")),
+    }
+}
+
+fn sizes(report: ImageReport, geometry: &Geometry) -> ImageReport {
+    ImageReport {
+        version: version_number(geometry),
+        disk_bytes: geometry.disk_bytes(),
+        cluster_bytes: geometry.cluster_bytes(),
+        ..report
+    }
+}
+
+fn mark(header: &Header) -> String {
+    match header.in_use() {
+        InUse::Closed => "closed".to_owned(),
+        InUse::ClosedWithExtension => "closed-with-extension".to_owned(),
+        InUse::Open => "open".to_owned(),
+        InUse::Other(value) => format!("{value:#010x}"),
+    }
+}
+
+/// Entries of the table that are not zero. Holes of the file are skipped: a huge table of nothing costs nothing.
+fn count_allocated(storage: &dyn Storage, geometry: &Geometry) -> Result<u64> {
+    let failed = |at: u64| move |error| Error::io(ErrorKind::Read, "read table", error).at_offset(at);
+    let end = geometry.table_bytes();
+    let mut at = HEADER_BYTES;
+    let mut piece = Vec::new();
+    let mut count = 0;
+    while at < end {
+        let Some((start, stop)) = storage.next_data(at).map_err(failed(at))? else { break };
+        // Whole entries: the header is a multiple of an entry long.
+        at = at.max(start - start % ENTRY_BYTES);
+        let stop = stop.next_multiple_of(ENTRY_BYTES).min(end).min(at.saturating_add(TABLE_PIECE_BYTES));
+        if at >= stop {
+            break;
+        }
+        piece.resize(usize::try_from(stop - at).unwrap_or(0), 0);
+        storage.read_padded_at(at, &mut piece).map_err(failed(at))?;
+        let entries = piece.chunks_exact(4).filter(|entry| entry.iter().any(|&byte| byte != 0));
+        count += entries.count() as u64;
+        at = stop;
+    }
+    Ok(count)
+}
+
+/// The bytes on which programs that have an image open hold locks: first and count.
+const LOCKED_BYTES: (u64, u64) = (100, 205);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,420 @@
+//! A disk from its files: found, locked, checked and put together as a [`Chain`].
+//!
+//! Images of a bundle are opened relative to its folder, following no link (threat rule M4). Each is locked before
+//! anything is read that matters: the top for what the caller will do with it, those below against writers. The
+//! locks live in the chain's storages, so they last exactly as long as the chain can touch the files.
+//!
+//! The format of a file is never guessed for writing (M5): a base is raw only if the descriptor or the caller says
+//! so, whatever its first bytes are.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{
+    Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Guid, Probe, RepairSummary, Source, probe,
+};
+use crate::io::file::{self, Caching, DirectoryFolder, FileStorage};
+use crate::io::latch::Latched;
+use crate::io::lock::{ImageLock, Ownership};
+use crate::io::{Access, Alignment, Allocation, Storage, sys};
+use crate::ops::descriptor_lock::{DescriptorLock, LOCK_TIMEOUT};
+use crate::units::Sectors;
+
+/// Which files make up the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// A descriptor, its folder, or a single image that needs no other.
+    Path(PathBuf),
+    /// Images, base first.
+    Files(Vec<PathBuf>),
+}
+
+/// What to open and how.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// The files.
+    pub which: Which,
+    /// Access to the top; what is below is only ever read.
+    pub access: Access,
+    /// The state to open; the current one if none. Only for a bundle, and only the current one for writing.
+    pub snapshot: Option<Guid>,
+    /// The base is raw, in clusters of this size. For files without descriptor; a descriptor says so itself.
+    pub raw_cluster: Option<Sectors>,
+    /// Take a top that was not closed as it is, without looking for damage.
+    pub accept_in_use: bool,
+    /// Whether transfers pass the page cache where file system and geometry allow it.
+    pub caching: Caching,
+    /// Whether images may be block devices.
+    pub block_device: bool,
+    /// How long to wait for the descriptor's lock.
+    pub lock_timeout: Duration,
+}
+
+impl OpenOptions {
+    /// The current state of the disk at `path`, past the page cache.
+    pub fn new(path: impl Into<PathBuf>, access: Access) -> Self {
+        Self {
+            which: Which::Path(path.into()),
+            access,
+            snapshot: None,
+            raw_cluster: None,
+            accept_in_use: false,
+            caching: Caching::Direct,
+            block_device: false,
+            lock_timeout: LOCK_TIMEOUT,
+        }
+    }
+}
+
+/// What was opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct OpenReport {
+    /// The descriptor, if there is one.
+    pub descriptor: Option<PathBuf>,
+    /// The images, base first.
+    pub images: Vec<PathBuf>,
+    /// The state that was opened, if there is a descriptor.
+    pub state: Option<String>,
+    /// Size of the disk in bytes.
+    pub disk_bytes: u64,
+    /// Size of a cluster in bytes.
+    pub cluster_bytes: u64,
+    /// Whether the top may be written.
+    pub writable: bool,
+    /// Whether transfers of each image pass the page cache, base first.
+    pub direct: Vec<bool>,
+    /// Whether the top was not closed by its last writer.
+    pub was_in_use: bool,
+    /// What is odd or was repaired, though it does not prevent opening.
+    pub warnings: Vec<String>,
+}
+
+/// An open disk, ready for [`Disk::open`](crate::device::Disk::open). The images stay locked as long as the chain
+/// lives.
+pub struct Opened {
+    /// The deltas.
+    pub chain: Arc<Chain>,
+    /// What was found.
+    pub report: OpenReport,
+}
+
+/// An image with the lock on it.
+struct LockedStorage {
+    storage: FileStorage,
+    /// Released with the storage.
+    _lock: ImageLock,
+}
+
+impl Storage for LockedStorage {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.storage.read_at(offset, buffer)
+    }
+    fn write_at(&self, offset: u64, buffer: &[u8]) -> std::io::Result<usize> {
+        self.storage.write_at(offset, buffer)
+    }
+    fn sync_data(&self) -> std::io::Result<()> {
+        self.storage.sync_data()
+    }
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.storage.set_len(len)
+    }
+    fn allocate(&self, offset: u64, len: u64, how: Allocation) -> std::io::Result<()> {
+        self.storage.allocate(offset, len, how)
+    }
+    fn len(&self) -> std::io::Result<u64> {
+        self.storage.len()
+    }
+    fn alignment(&self) -> Alignment {
+        self.storage.alignment()
+    }
+    fn next_data(&self, offset: u64) -> std::io::Result<Option<(u64, u64)>> {
+        self.storage.next_data(offset)
+    }
+    fn allocated_bytes(&self) -> std::io::Result<u64> {
+        self.storage.allocated_bytes()
+    }
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.storage.descriptor()
+    }
+}
+
+/// A disk named by a path: its bundle, or one image.
+pub(super) enum Place {
+    /// The folder of a descriptor.
+    Bundle(PathBuf),
+    /// An image.
+    Image(PathBuf),
+}
+
+/// What `path` names: a folder and a `DiskDescriptor.xml` are bundles, everything else an image.
+pub(super) fn place(path: &Path) -> Result<Place> {
+    let metadata =
+        std::fs::metadata(path).map_err(|error| file::explain(error, ErrorKind::Open, "open disk", path))?;
+    if metadata.is_dir() {
+        return Ok(Place::Bundle(path.to_path_buf()));
+    }
+    if path.file_name().is_some_and(|name| name == DESCRIPTOR_NAME) {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        return Ok(Place::Bundle(folder.unwrap_or(Path::new(".")).to_path_buf()));
+    }
+    Ok(Place::Image(path.to_path_buf()))
+}
+
+/// An open bundle.
+pub(super) struct Bundle {
+    pub(super) folder: DirectoryFolder,
+    pub(super) descriptor: DiskDescriptor,
+}
+
+impl Bundle {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let folder = DirectoryFolder::open(path)?;
+        let real = std::fs::canonicalize(path)
+            .map_err(|error| file::explain(error, ErrorKind::Open, "find the folder of the disk", path))?;
+        let descriptor = DiskDescriptor::load(&folder, Some(&real))?;
+        Ok(Self { folder, descriptor })
+    }
+
+    /// Opens one of its images, following no link.
+    pub(super) fn open_image(
+        &self,
+        image: &crate::format::Image,
+        options: &file::OpenOptions,
+    ) -> Result<FileStorage> {
+        match image.place() {
+            (None, name) => self.folder.open_file(name, options),
+            (Some(folder), name) => self.folder.open_folder(folder)?.open_file(name, options),
+        }
+    }
+}
+
+/// Opens a disk. Fails with [`ErrorKind::InUse`] if somebody else has it.
+pub fn open(options: &OpenOptions) -> Result<Opened> {
+    let refuse = |message: &str| Err(Error::new(ErrorKind::Parameter, format!("open disk: {message}")));
+    let files = match &options.which {
+        Which::Path(path) => match place(path)? {
+            Place::Bundle(folder) => return open_bundle(&folder, options),
+            Place::Image(image) => vec![image],
+        },
+        Which::Files(files) => files.clone(),
+    };
+    if options.snapshot.is_some() {
+        return refuse("a snapshot is chosen, but only a disk with a descriptor has snapshots");
+    }
+    if files.is_empty() {
+        return refuse("no image is named");
+    }
+    let mut opening = Opening::new(options);
+    for (number, path) in files.iter().enumerate() {
+        let access = access(options, number, files.len());
+        let storage = FileStorage::open(path, &opening.file_options(access))?;
+        opening.add(storage, path, access, number == 0 && options.raw_cluster.is_some())?;
+    }
+    let opened = opening.finish(options.raw_cluster)?;
+    Ok(Opened { chain: opened.0, report: opened.1 })
+}
+
+fn access(options: &OpenOptions, number: usize, count: usize) -> Access {
+    if number + 1 == count { options.access } else { Access::ReadOnly }
+}
+
+fn open_bundle(path: &Path, options: &OpenOptions) -> Result<Opened> {
+    // Against a command that is changing the bundle. Readers do without: the descriptor is replaced atomically, and
+    // they may not be allowed to write to the folder.
+    let _lock = match options.access {
+        Access::ReadWrite => Some(DescriptorLock::take(&path.join(DESCRIPTOR_NAME), options.lock_timeout)?),
+        Access::ReadOnly => None,
+    };
+    let bundle = Bundle::open(path)?;
+    let descriptor = &bundle.descriptor;
+    let state = options.snapshot.unwrap_or(descriptor.top_guid());
+    let images = descriptor.chain_for(state).map_err(|error| error.at_path(path.join(DESCRIPTOR_NAME)))?;
+    if options.access == Access::ReadWrite
+        && (state != descriptor.top_guid() || descriptor.children(state).next().is_some())
+    {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            format!("open disk: the snapshot {state} cannot be opened for writing"),
+        )
+        .at_path(path)
+        .advise("open it read-only, or switch to it first"));
+    }
+    let raw = descriptor.is_raw();
+    let mut opening = Opening::new(options);
+    for (number, image) in images.iter().enumerate() {
+        let access = access(options, number, images.len());
+        let storage = bundle.open_image(image, &opening.file_options(access))?;
+        opening.add(storage, &path.join(image.file()), access, number == 0 && raw)?;
+    }
+    let (chain, mut report) = opening.finish(raw.then(|| descriptor.cluster_sectors()))?;
+    report.descriptor = Some(path.join(DESCRIPTOR_NAME));
+    report.state = Some(state.to_string());
+    let said = descriptor.disk_sectors();
+    if said != chain.geometry().disk_sectors() {
+        report.warnings.push(format!(
+            "the descriptor says the disk has {said}, its image says {}; the image counts: a resize was probably cut, \
+             run it again",
+            chain.geometry().disk_sectors()
+        ));
+    }
+    let cluster = u64::from(chain.geometry().cluster_sectors());
+    if descriptor.cluster_sectors().0 != cluster {
+        report.warnings.push(format!(
+            "the descriptor says clusters have {}, its image says {cluster}; the image counts",
+            descriptor.cluster_sectors()
+        ));
+    }
+    Ok(Opened { chain, report })
+}
+
+/// Files on their way to becoming a chain.
+struct Opening<'a> {
+    options: &'a OpenOptions,
+    sources: Vec<Source>,
+    seen: BTreeSet<(u64, u64)>,
+    direct: Vec<bool>,
+}
+
+impl<'a> Opening<'a> {
+    fn new(options: &'a OpenOptions) -> Self {
+        Self { options, sources: Vec::new(), seen: BTreeSet::new(), direct: Vec::new() }
+    }
+
+    /// Through the page cache at first: what may be asked of the file is known only once its header is read.
+    fn file_options(&self, access: Access) -> file::OpenOptions {
+        let options = file::OpenOptions::new(access);
+        if self.options.block_device { options.or_block_device() } else { options }
+    }
+
+    fn add(&mut self, storage: FileStorage, path: &Path, access: Access, raw: bool) -> Result<()> {
+        let explain = |error| file::explain(error, ErrorKind::Open, "open", path);
+        if !self.seen.insert(storage.identity().map_err(explain)?) {
+            return Err(Error::new(
+                ErrorKind::Descriptor,
+                "open disk: the same file occurs twice in the chain",
+            )
+            .at_path(path));
+        }
+        let ownership = match access {
+            Access::ReadWrite => Ownership::Writer,
+            Access::ReadOnly => Ownership::Reader,
+        };
+        let lock = ImageLock::take(&storage, path, ownership)?;
+        let storage = match self.options.caching {
+            Caching::Cached => storage,
+            Caching::Direct => self.past_the_cache(storage, path, access, raw)?,
+        };
+        self.direct.push(storage.is_direct());
+        let storage = Latched::new(LockedStorage { storage, _lock: lock });
+        self.sources.push(Source { name: path.to_path_buf(), storage: Arc::new(storage), raw });
+        Ok(())
+    }
+
+    /// The same file past the page cache, if every cluster of it then keeps the alignment; else as it was.
+    fn past_the_cache(
+        &self,
+        storage: FileStorage,
+        path: &Path,
+        access: Access,
+        raw: bool,
+    ) -> Result<FileStorage> {
+        let explain = |error| file::explain(error, ErrorKind::Open, "open", path);
+        let probed = if raw { None } else { Some(probe(&storage).map_err(|error| error.at_path(path))?) };
+        let places = match &probed {
+            Some(Probe::Image(header)) => {
+                let geometry = header.geometry();
+                [geometry.cluster_bytes(), geometry.phase_bytes()]
+            }
+            Some(Probe::NotAnImage) => {
+                return Err(Error::new(ErrorKind::Corrupt, "open disk: this is not a ploop image")
+                    .at_path(path)
+                    .advise("if it is a raw disk, say so: its descriptor, or an option, must name it raw"));
+            }
+            None => [storage.len().map_err(explain)?, 0],
+        };
+        // The duplicate shares the open file and with it the lock, which a second opening would not.
+        let again = |options: &file::OpenOptions| {
+            let file = File::from(sys::duplicate(&storage)?);
+            FileStorage::from_file(file, path, options)
+        };
+        let options = self.file_options(access);
+        let direct = again(&options.direct()).map_err(explain)?;
+        let unit = u64::from(direct.alignment().offset);
+        if direct.is_direct() && places.iter().all(|place| place.is_multiple_of(unit)) {
+            return Ok(direct);
+        }
+        drop(direct);
+        again(&options).map_err(explain)
+    }
+
+    fn finish(self, raw_cluster: Option<Sectors>) -> Result<(Arc<Chain>, OpenReport)> {
+        let images = self.sources.iter().map(|source| source.name.clone()).collect();
+        let chain_options = ChainOptions {
+            access: self.options.access,
+            raw_cluster,
+            accept_in_use: self.options.accept_in_use,
+        };
+        let chain = Chain::open(self.sources, &chain_options)?;
+        let report = OpenReport {
+            descriptor: None,
+            images,
+            state: None,
+            disk_bytes: chain.geometry().disk_bytes(),
+            cluster_bytes: chain.geometry().cluster_bytes(),
+            writable: self.options.access == Access::ReadWrite,
+            direct: self.direct,
+            was_in_use: chain.repairs().was_in_use,
+            warnings: repairs(chain.repairs()),
+        };
+        Ok((chain, report))
+    }
+}
+
+/// What opening found and repaired, in words.
+fn repairs(found: &RepairSummary) -> Vec<String> {
+    let done = if found.written { "" } else { " (only as seen from here; nothing was written)" };
+    let mut said = Vec::new();
+    let mut say = |applies: bool, what: String| {
+        if applies {
+            said.push(what);
+        }
+    };
+    say(found.was_in_use, "the image was not closed by its last writer".to_owned());
+    say(
+        found.entries_cleared > 0,
+        format!("{} entries past the end of the file were cleared{done}", found.entries_cleared),
+    );
+    say(
+        found.bytes_extended > 0,
+        format!("the file was extended by {} bytes to hold its last cluster{done}", found.bytes_extended),
+    );
+    say(
+        found.tail_bytes_cut > 0,
+        format!("{} bytes of unused tail were cut off{done}", found.tail_bytes_cut),
+    );
+    say(
+        found.extension_dropped,
+        format!("the format extension and any dirty bitmap in it were dropped{done}"),
+    );
+    if let Some(mark) = found.foreign_mark {
+        say(true, format!("the in-use mark {mark:#010x} is unknown and was taken as closed"));
+    }
+    for delta in &found.stale_marks {
+        say(true, format!("image {delta} below the top has an in-use mark, which means nothing there"));
+    }
+    say(
+        found.entries_salvaged_without > 0,
+        format!("{} damaged entries read as not allocated", found.entries_salvaged_without),
+    );
+    said
+}
+
+#[cfg(test)]
+mod tests;
