@@ -1,0 +1,45 @@
+//! Live copy of a disk over a pair of pipes.
+//!
+//! [`send`] moves a disk, while it is written to, through a [`Link`] to [`receive`]: everything that holds data, then
+//! again and again what changed meanwhile, then with the writers standing still the little that is left. Both sides
+//! prove that exactly what was sent was stored, and only then does the copy get its name.
+//!
+//! ```text
+//!  Source ─► sender ─► pass (hash, write) ─► transport ═══► transport ─► intake (read, check) ─► receiver ─► Target
+//!    ▲         │                                  ◄═══ answers ═══                                 │           │
+//!  Quiesce ◄───┘ converge: next pass, freeze or give up                          verify: reads back ◄──────────┘
+//! ```
+//!
+//! * [`wire`]: the frames and what may come when. [`transport`]: bytes with a time-out.
+//! * [`source`], [`target`]: what is copied and into what; the only files that know images and disks.
+//! * [`converge`]: when to freeze. [`freeze`]: making writers stand still, and going on whatever happens.
+//! * [`legacy`]: the original's one-way stream. [`memory`]: both ends without files.
+//!
+//! Two-way, success of the sender means a copy in place; one-way, the receiver's exit code is the verdict. The source
+//! keeps running and stays the owner of the disk in any case.
+
+pub mod converge;
+mod exchange;
+pub mod freeze;
+mod freeze_limit;
+mod intake;
+pub mod legacy;
+mod loans;
+pub mod memory;
+mod pass;
+mod receiver;
+mod sender;
+pub mod source;
+pub mod stats;
+pub mod target;
+pub mod transport;
+mod verify;
+pub mod wire;
+
+pub use freeze::{LocalQuiesce, NothingToQuiesce, Quiesce, QuiesceOptions, guardian_main};
+pub use receiver::{ReceiveOptions, receive};
+pub use sender::{SendOptions, send};
+pub use source::Source;
+pub use stats::{Event, Observer, ReceiveReport, SendReport, Silent};
+pub use target::{Destination, Target};
+pub use transport::{Cancel, Link, Peer};

@@ -1,0 +1,278 @@
+//! Where a copy comes from: a disk that may be written to while it is read.
+//!
+//! The order that keeps a copy complete is the sender's; the traits say what each call must mean:
+//!
+//! * tracking starts **before** the first byte is read (T6),
+//! * a loan is taken **before** the bytes it names are read (T2), and goes back on drop unless acknowledged,
+//! * [`Source::close_gate`] returns when writes are held and those in flight have finished and are marked (T4).
+//!
+//! This file, `target.rs`, `legacy.rs` and `main.rs` are the only ones that know images and disks.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ploop_core::device::{Client, Disk, DiskOptions, Frozen, Op};
+use ploop_core::format::{Chain, Mapping, Version};
+use ploop_core::io::{Access, IoBuf, pool};
+use ploop_core::ops::open::{OpenOptions, Which, open};
+use ploop_core::tracker::{Taken, Tracker};
+use ploop_core::units::{GuestOffset, Sectors};
+use ploop_core::{Error, ErrorKind, Extent, Result};
+
+use crate::wire::ImageKind;
+
+/// What a source is, for the `Hello` and for messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceDescription {
+    /// Name for messages.
+    pub name: PathBuf,
+    /// Format version, 1 or 2.
+    pub version: u8,
+    /// Cluster size in sectors.
+    pub cluster_sectors: u32,
+    /// Kind of image.
+    pub image: ImageKind,
+    /// Bytes that hold data, as far as is known without looking; 0 when it is not.
+    pub data_bytes: u64,
+}
+
+/// Reads one disk, several ranges at a time. Used by one thread.
+pub trait Reader: Send {
+    /// The first run at or after guest byte `from` that may hold data: all before it reads as zeros. `None` when
+    /// everything up to the end does.
+    fn next_data(&mut self, from: u64) -> Result<Option<Extent>>;
+    /// Starts filling `buffer` from guest byte `at`; `token` comes back with it.
+    fn submit(&mut self, token: u64, at: u64, buffer: IoBuf) -> Result<()>;
+    /// Waits until one of the reads under way has finished; `None` when none is under way. They finish in any order.
+    fn finish(&mut self) -> Result<Option<(u64, IoBuf)>>;
+    /// Reads under way.
+    fn in_flight(&self) -> usize;
+}
+
+/// Bytes that changed, lent by a tracker: dropped, they are dirty again.
+pub trait Loan: Send {
+    /// Which bytes.
+    fn extent(&self) -> Extent;
+    /// They are durable on the other side.
+    fn acknowledge(self: Box<Self>);
+}
+
+impl Loan for Taken {
+    fn extent(&self) -> Extent {
+        Taken::extent(self)
+    }
+    fn acknowledge(self: Box<Self>) {
+        Taken::acknowledge(*self);
+    }
+}
+
+/// A closed gate: writes are held. Dropping it opens the gate.
+pub trait Gate: Send {}
+
+/// A disk to copy from.
+pub trait Source: Send {
+    /// Size in bytes, a multiple of a sector.
+    fn size_bytes(&self) -> u64;
+    /// What it is.
+    fn description(&self) -> SourceDescription;
+    /// From now on, changes are remembered. A source that nobody can write to has nothing to do.
+    fn start_tracking(&mut self) -> Result<()>;
+    /// Changes need not be remembered any more. Can be called at any time.
+    fn stop_tracking(&mut self);
+    /// The next changed run at or after guest byte `from`, at most `len_max` bytes; `None` when there is none.
+    fn take_dirty(&mut self, from: u64, len_max: u64) -> Option<Box<dyn Loan>>;
+    /// Bytes changed and not taken. Never 0 while there are some.
+    fn dirty_bytes(&self) -> u64;
+    /// Nothing changed, and nothing on loan.
+    fn is_clean(&self) -> bool;
+    /// A way to read it.
+    fn reader(&self) -> Result<Box<dyn Reader>>;
+    /// Holds new writes and waits until those in flight have finished and are marked; gives up after `timeout`.
+    fn close_gate(&mut self, timeout: Duration) -> Result<Box<dyn Gate>>;
+}
+
+/// How far ahead the map of a disk is asked at once.
+const MAP_BYTES: u64 = 64 << 20;
+/// From this size on a mapped run is also looked at for holes in its file.
+const HOLES_FROM_BYTES: u64 = 64 << 10;
+/// Runs that are looked at when the data of a disk is counted; past them an estimate is good enough.
+const RUNS_COUNTED_MAX: usize = 1 << 16;
+/// Operations in flight in the queue of a reader or of a target.
+pub(crate) const QUEUE_DEPTH: u32 = 64;
+
+/// The first run at or after `from` that the chain maps to a file and, if `holes` are looked at, that the file holds.
+fn next_mapped(chain: &Chain, from: u64, holes: bool) -> Result<Option<Extent>> {
+    let end = chain.geometry().disk_bytes();
+    let mut at = from;
+    while at < end {
+        let len_max = MAP_BYTES.min(end - at);
+        match chain.map(GuestOffset(at), len_max) {
+            Mapping::Zero { len } => at += len.max(1),
+            Mapping::Data { delta, offset, len } => {
+                if !holes || len < HOLES_FROM_BYTES {
+                    return Ok(Some(Extent::between(at, at + len)));
+                }
+                let held = chain.storage(delta).next_data(offset.0).map_err(|error| {
+                    Error::io(ErrorKind::Read, "look for holes", error)
+                        .at_path(chain.name(delta))
+                        .at_offset(offset.0)
+                })?;
+                let file = Extent::between(offset.0, offset.0 + len);
+                let held = held.map_or(Extent::between(file.end(), file.end()), |(start, end)| {
+                    Extent::between(start, end).clip(&file)
+                });
+                if !held.is_empty() {
+                    // Outwards to whole sectors: the ends of a hole may lie anywhere.
+                    let skipped = held.start() - offset.0;
+                    let run = Extent::between(at + skipped, at + skipped + held.len());
+                    return Ok(Some(run.widen(4096, at + len).clip(&Extent::between(at, at + len))));
+                }
+                at += len;
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Reads a [`Disk`] through a client of its own.
+pub(crate) struct DiskReader {
+    client: Client,
+    chain: Arc<Chain>,
+    waiting: HashMap<u64, (u64, Extent)>,
+}
+
+impl DiskReader {
+    pub(crate) fn new(disk: &Arc<Disk>) -> Result<Self> {
+        let queue = pool::best_io_queue(QUEUE_DEPTH)
+            .map_err(|error| Error::io(ErrorKind::System, "make a queue to read with", error))?;
+        Ok(Self { client: Client::new(disk, queue)?, chain: disk.chain(), waiting: HashMap::new() })
+    }
+}
+
+impl Reader for DiskReader {
+    fn next_data(&mut self, from: u64) -> Result<Option<Extent>> {
+        next_mapped(&self.chain, from, true)
+    }
+
+    fn submit(&mut self, token: u64, at: u64, buffer: IoBuf) -> Result<()> {
+        let extent = Extent::between(at, at.saturating_add(buffer.len() as u64));
+        let id = self.client.submit(Op::Read, extent, Some(buffer));
+        self.waiting.insert(id, (token, extent));
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<Option<(u64, IoBuf)>> {
+        let Some(done) = self.client.next_completion()? else { return Ok(None) };
+        let lost = || Error::new(ErrorKind::Read, "a read was lost");
+        let (token, extent) = self.waiting.remove(&done.id).ok_or_else(lost)?;
+        match done.result {
+            Ok(()) => Ok(Some((token, done.buffer.ok_or_else(lost)?))),
+            Err(errno) => {
+                let cause = std::io::Error::from_raw_os_error(errno);
+                Err(Error::io(ErrorKind::Read, format!("read {extent}"), cause)
+                    .at_path(self.chain.name(self.chain.top()))
+                    .advise("see the kernel's log for the storage below; the disk cannot be copied while it cannot be read"))
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.client.in_flight()
+    }
+}
+
+impl Gate for Frozen {}
+
+/// A served or closed disk of this machine.
+pub struct DiskSource {
+    disk: Arc<Disk>,
+    description: SourceDescription,
+    tracker: Option<Arc<Tracker>>,
+}
+
+impl DiskSource {
+    /// A disk that may be written to while it is copied.
+    pub fn new(disk: &Arc<Disk>) -> Result<Self> {
+        let chain = disk.chain();
+        let geometry = chain.geometry();
+        let mut data_bytes: u64 = 0;
+        let (mut at, mut runs) = (0, 0);
+        while let Some(run) = next_mapped(&chain, at, runs < RUNS_COUNTED_MAX)? {
+            data_bytes = data_bytes.saturating_add(run.len());
+            at = run.end();
+            runs += 1;
+        }
+        let description = SourceDescription {
+            name: chain.name(chain.top()).to_path_buf(),
+            version: if geometry.version() == Version::V1 { 1 } else { 2 },
+            cluster_sectors: geometry.cluster_sectors(),
+            image: if geometry.is_raw() { ImageKind::Raw } else { ImageKind::Expanded },
+            data_bytes,
+        };
+        Ok(Self { disk: Arc::clone(disk), description, tracker: None })
+    }
+
+    /// A disk that nobody serves: the image, bundle or descriptor at `path`, or a raw file or block device seen in
+    /// clusters of `raw_cluster`. [`ErrorKind::InUse`] when somebody has it open for writing.
+    pub fn open_closed(path: &Path, raw_cluster: Option<Sectors>) -> Result<Self> {
+        let options = OpenOptions {
+            which: Which::Path(path.to_path_buf()),
+            raw_cluster,
+            block_device: raw_cluster.is_some(),
+            ..OpenOptions::new(path, Access::ReadOnly)
+        };
+        let opened = open(&options)?;
+        Self::new(&Disk::open(opened.chain, DiskOptions { read_only: true, ..Default::default() })?)
+    }
+}
+
+impl Source for DiskSource {
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes()
+    }
+
+    fn description(&self) -> SourceDescription {
+        self.description.clone()
+    }
+
+    fn start_tracking(&mut self) -> Result<()> {
+        if !self.disk.is_read_only() {
+            self.tracker = Some(self.disk.start_tracker()?);
+        }
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Some(tracker) = self.tracker.take() {
+            self.disk.stop_tracker(&tracker);
+        }
+    }
+
+    fn take_dirty(&mut self, from: u64, len_max: u64) -> Option<Box<dyn Loan>> {
+        Some(Box::new(self.tracker.as_ref()?.take(from, len_max)?))
+    }
+
+    fn dirty_bytes(&self) -> u64 {
+        self.tracker.as_ref().map_or(0, |tracker| tracker.dirty_bytes())
+    }
+
+    fn is_clean(&self) -> bool {
+        self.tracker.as_ref().is_none_or(|tracker| tracker.is_clean())
+    }
+
+    fn reader(&self) -> Result<Box<dyn Reader>> {
+        Ok(Box::new(DiskReader::new(&self.disk)?))
+    }
+
+    fn close_gate(&mut self, timeout: Duration) -> Result<Box<dyn Gate>> {
+        Ok(Box::new(self.disk.freeze(timeout)?))
+    }
+}
+
+impl Drop for DiskSource {
+    fn drop(&mut self) {
+        self.stop_tracking();
+    }
+}

@@ -1,0 +1,229 @@
+//! Trouble on the line: cuts, flipped bits, lost and doubled bytes, silence, at every frame boundary and anywhere, in
+//! both directions. After each: the right kinds of failure, nothing under the final name unless it is whole, writers
+//! running, and the next attempt succeeds.
+//!
+//! `PLOOP_CHAOS_TRIALS` sets the number of random trials, `PLOOP_CHAOS_SEED` the first seed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss
+)]
+
+mod support;
+
+use std::time::Duration;
+
+use pcopy::Link;
+use pcopy::memory::{MemoryDestination, MemoryDisk, Outcome};
+use ploop_core::ErrorKind;
+use support::*;
+
+const STALL: Duration = Duration::from_millis(400);
+const LEN: usize = 1 << 20;
+
+struct Trial {
+    seed: u64,
+    two_way: bool,
+    socket: bool,
+    /// Trouble in the stream, and in the answers.
+    stream: Trouble,
+    answers: Trouble,
+}
+
+struct Outcomes {
+    sent: Option<ErrorKind>,
+    received: Option<ErrorKind>,
+    stream_bytes: u64,
+    answer_bytes: u64,
+}
+
+fn run(trial: &Trial) -> Outcomes {
+    let what = format!(
+        "seed {} two-way {} socket {} stream {:?} answers {:?}",
+        trial.seed, trial.two_way, trial.socket, trial.stream, trial.answers
+    );
+    within(Duration::from_secs(60), &what, || run_unwatched(trial, &what))
+}
+
+fn run_unwatched(trial: &Trial, what: &str) -> Outcomes {
+    let mut random = Random(trial.seed);
+    let mut disk = MemoryDisk::new(content(trial.seed, LEN));
+    let writer = Writer::start(&disk, LEN as u64, trial.seed, Duration::from_micros(500));
+    let mut quiesce = TestQuiesce::new(&disk, Some(&writer));
+    let mut destination = MemoryDestination::new();
+    let near = ends(trial.two_way, trial.socket);
+    let far = ends(trial.two_way, trial.socket);
+    // near: sender to proxy; far: proxy to receiver.
+    let stream = carry(
+        near.receiver.input.unwrap(),
+        far.sender.output.unwrap(),
+        trial.stream,
+        Random(random.next()),
+        STALL * 4,
+    );
+    let answers = trial.two_way.then(|| {
+        let (input, output) = (far.sender.input.unwrap(), near.receiver.output.unwrap());
+        carry(input, output, trial.answers, Random(random.next()), STALL * 4)
+    });
+    let ends = Ends {
+        sender: near.sender,
+        receiver: Link { input: far.receiver.input, output: far.receiver.output },
+    };
+    let both = copy(&mut disk, &mut quiesce, &mut destination, ends, &send_options(STALL));
+    let (sent, received) = (both.sent.as_ref().err(), both.received.as_ref().err());
+    let messages = format!("{what}: sender {sent:?}, receiver {received:?}");
+    let (sent, received) = (sent.map(|error| error.kind()), received.map(|error| error.kind()));
+
+    // Whatever happened: writers run, nothing is tracked, nothing half-done has the final name.
+    assert_eq!(quiesce.freezes, quiesce.thaws, "{messages}");
+    let (closed, opened) = disk.gate_moves();
+    assert_eq!(closed, opened, "{messages}");
+    assert!(!disk.is_tracked(), "{messages}");
+    assert!(writer.is_alive(), "{messages}");
+    let exists = destination.outcome() == Outcome::Committed;
+    assert_eq!(exists, received.is_none(), "{messages}");
+    assert_ne!(destination.outcome(), Outcome::Incoming, "{messages}");
+    if exists {
+        assert!(destination.content() == quiesce.snapshot.take().unwrap(), "{messages}");
+        // Two-way, a sender that failed knows of no copy, unless it says that it does not know.
+        let fits = !trial.two_way || matches!(sent, None | Some(ErrorKind::OutcomeUnknown));
+        assert!(fits, "{messages}");
+    } else if trial.two_way {
+        assert!(sent.is_some(), "{messages}");
+    }
+    let kinds = [
+        ErrorKind::Read,
+        ErrorKind::Write,
+        ErrorKind::Protocol,
+        ErrorKind::OutcomeUnknown,
+        // A writer may be fast enough for the shortened copy never to become quiet.
+        ErrorKind::NotQuiet,
+    ];
+    for kind in [sent, received].into_iter().flatten() {
+        assert!(kinds.contains(&kind), "{messages}");
+    }
+
+    // Trying again just works.
+    let mut again = TestQuiesce::new(&disk, Some(&writer));
+    let mut fresh = MemoryDestination::new();
+    let both = copy(
+        &mut disk,
+        &mut again,
+        &mut fresh,
+        support::ends(trial.two_way, trial.socket),
+        &send_options(STALL * 20),
+    );
+    both.sent.unwrap();
+    both.received.unwrap();
+    assert!(fresh.content() == again.snapshot.take().unwrap(), "{messages}: retry");
+    drop(writer);
+    Outcomes {
+        sent,
+        received,
+        stream_bytes: stream.join().unwrap(),
+        answer_bytes: answers.map_or(0, |answers| answers.join().unwrap()),
+    }
+}
+
+fn trial(seed: u64, two_way: bool) -> Trial {
+    Trial { seed, two_way, socket: seed.is_multiple_of(2), stream: Trouble::None, answers: Trouble::None }
+}
+
+#[test]
+fn without_trouble_ragged_pieces_do_no_harm() {
+    for seed in 0..4 {
+        let outcomes = run(&trial(seed, seed < 2));
+        assert_eq!((outcomes.sent, outcomes.received), (None, None), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_a_protocol_error_and_a_cut_an_early_end() {
+    let mut random = Random(77);
+    for seed in 0..12 {
+        let two_way = seed % 2 == 0;
+        // The first pass alone is longer than this.
+        let at = random.below(300 << 10);
+        let flip = Trouble::Flip(at, u8::try_from(random.below(8)).unwrap());
+        let outcomes = run(&Trial { stream: flip, ..trial(seed, two_way) });
+        assert_eq!(outcomes.received, Some(ErrorKind::Protocol), "{flip:?}");
+        if two_way {
+            assert_eq!(outcomes.sent, Some(ErrorKind::Protocol), "{flip:?}");
+        }
+        let outcomes = run(&Trial { stream: Trouble::Cut(at), ..trial(seed, two_way) });
+        assert_eq!(outcomes.received, Some(ErrorKind::Read), "cut at {at}");
+    }
+}
+
+#[test]
+fn a_silent_line_is_left_after_the_time_out() {
+    for (two_way, stream, answers) in [
+        (true, Trouble::Stall(200_000), Trouble::None),
+        (true, Trouble::None, Trouble::Stall(100)),
+        (false, Trouble::Stall(200_000), Trouble::None),
+    ] {
+        let outcomes = run(&Trial { stream, answers, ..trial(3, two_way) });
+        assert!(outcomes.received.is_some());
+        assert_eq!(two_way, outcomes.sent.is_some() && two_way);
+    }
+}
+
+/// The last bytes decide: cut and flip at every byte of the tail of both directions, where seal, verdict, commit and
+/// its answer are.
+#[test]
+fn every_boundary_of_the_end_game() {
+    let plain = run(&trial(8, true));
+    let mut unknown = 0;
+    // Offsets counted from the end; a frame is 64 bytes and its payload.
+    let frames = [64, 64 + 64, 64 + 64 + 64 + 8];
+    for tail in frames.into_iter().flat_map(|frame| [frame - 1, frame, frame + 1, frame + 31]) {
+        // The length of a stream depends on the writer: the position is only about there.
+        let stream = Trouble::Cut(plain.stream_bytes.saturating_sub(tail));
+        run(&Trial { stream, ..trial(8, true) });
+    }
+    for tail in (0..240).step_by(9) {
+        let at = plain.answer_bytes.saturating_sub(tail);
+        for answers in [Trouble::Cut(at), Trouble::Flip(at, 3)] {
+            let outcomes = run(&Trial { answers, ..trial(8, true) });
+            if outcomes.sent == Some(ErrorKind::OutcomeUnknown) {
+                assert_eq!(outcomes.received, None);
+                unknown += 1;
+            }
+        }
+    }
+    println!("outcome unknown to the sender in {unknown} trials");
+}
+
+#[test]
+fn chaos() {
+    let number = |name: &str, default| {
+        std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok()).unwrap_or(default)
+    };
+    let trials = number("PLOOP_CHAOS_TRIALS", 200);
+    let first = number("PLOOP_CHAOS_SEED", 1);
+    let mut tally = std::collections::BTreeMap::<String, u32>::new();
+    for seed in first..first + trials {
+        let mut random = Random(seed.wrapping_mul(0x1234_5678_9abc));
+        let two_way = random.below(3) > 0;
+        let plain = |random: &mut Random, limit: u64| match random.below(10) {
+            0..3 => Trouble::Cut(random.below(limit)),
+            3..7 => Trouble::Flip(random.below(limit), u8::try_from(random.below(8)).unwrap()),
+            7 => Trouble::Drop(random.below(limit), 1 + random.below(200)),
+            8 => Trouble::Double(random.below(limit), 1 + random.below(200)),
+            _ => Trouble::Stall(random.below(limit)),
+        };
+        let in_answers = two_way && random.below(3) == 0;
+        let trial = Trial {
+            seed,
+            two_way,
+            socket: random.below(2) == 0,
+            stream: if in_answers { Trouble::None } else { plain(&mut random, LEN as u64 * 4 / 5) },
+            answers: if in_answers { plain(&mut random, 1200) } else { Trouble::None },
+        };
+        let outcomes = run(&trial);
+        *tally.entry(format!("{:?} / {:?}", outcomes.sent, outcomes.received)).or_default() += 1;
+    }
+    println!("{trials} trials from seed {first}: sender / receiver {tally:#?}");
+}

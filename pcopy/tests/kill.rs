@@ -1,0 +1,413 @@
+//! Real processes, killed at any byte of the stream: the survivor fails or has finished, nothing half-done has the final
+//! name, the source is untouched, and the next attempt over the left-overs succeeds. And the guardian.
+//!
+//! `PLOOP_KILL_TRIALS` sets the number of trials of each kind.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss
+)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ploop_core::Extent;
+use ploop_core::device::{Client, Disk, DiskOptions};
+use ploop_core::io::{Access, pool, sys};
+use ploop_core::ops::create::{CreateOptions, create};
+use ploop_core::ops::open::{OpenOptions, open};
+use ploop_core::units::Sectors;
+use support::*;
+
+const PCOPY: &str = env!("CARGO_BIN_EXE_pcopy");
+const LEN: u64 = 16 << 20;
+
+fn trials() -> u64 {
+    std::env::var("PLOOP_KILL_TRIALS").ok().and_then(|value| value.parse().ok()).unwrap_or(12)
+}
+
+/// A child that does not outlive its test.
+struct Process(Child);
+
+impl Process {
+    fn start(arguments: &[&str], input: Stdio, output: Stdio) -> Self {
+        let child = Command::new(PCOPY)
+            .args(arguments)
+            .stdin(input)
+            .stdout(output)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+
+    fn code(&mut self) -> Option<i32> {
+        let end = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < end {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        panic!("it hangs");
+    }
+
+    fn kill(&mut self) {
+        self.0.kill().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn disk_content(path: &Path) -> Vec<u8> {
+    let opened = open(&OpenOptions::new(path, Access::ReadOnly)).unwrap();
+    let disk = Disk::open(opened.chain, DiskOptions { read_only: true, ..Default::default() }).unwrap();
+    let mut client = Client::new(&disk, pool::best_io_queue(16).unwrap()).unwrap();
+    client.read(Extent::between(0, disk.size_bytes())).unwrap().as_slice().to_vec()
+}
+
+fn source(root: &Path) -> PathBuf {
+    let folder = root.join("from");
+    std::fs::create_dir(&folder).unwrap();
+    create(&CreateOptions::new(&folder, "root.hds", Sectors(LEN / 512))).unwrap();
+    let opened = open(&OpenOptions::new(&folder, Access::ReadWrite)).unwrap();
+    let disk = Disk::open(opened.chain, DiskOptions::default()).unwrap();
+    let mut client = Client::new(&disk, pool::best_io_queue(16).unwrap()).unwrap();
+    client.write(0, &content(3, usize::try_from(LEN).unwrap())).unwrap();
+    drop(client);
+    disk.close().unwrap();
+    folder
+}
+
+fn one_way(from: &Path, to: &Path) -> (Process, Process) {
+    let mut sender = Process::start(&["send", from.to_str().unwrap()], Stdio::null(), Stdio::piped());
+    let stream = sender.0.stdout.take().unwrap();
+    let receiver = Process::start(
+        &["receive", to.to_str().unwrap()],
+        Stdio::from(std::os::fd::OwnedFd::from(stream)),
+        Stdio::null(),
+    );
+    (sender, receiver)
+}
+
+fn two_way(from: &Path, to: &Path) -> Process {
+    let command = format!("'{PCOPY}' receive '{}'", to.display());
+    Process::start(&["send", "--to", &command, from.to_str().unwrap()], Stdio::null(), Stdio::null())
+}
+
+#[test]
+fn processes_copy_an_image() {
+    let root = tempfile::tempdir().unwrap();
+    let from = source(root.path());
+    let expected = disk_content(&from);
+    for name in ["one", "two"] {
+        let folder = root.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        let to = folder.join("copy.hds");
+        if name == "one" {
+            let (mut sender, mut receiver) = one_way(&from, &to);
+            assert_eq!((sender.code(), receiver.code()), (Some(0), Some(0)));
+        } else {
+            assert_eq!(two_way(&from, &to).code(), Some(0));
+        }
+        assert!(disk_content(&folder) == expected);
+        // The name is taken now.
+        let (_sender, mut receiver) = one_way(&from, &to);
+        assert_eq!(receiver.code(), Some(1));
+        assert_eq!(two_way(&from, &to).code(), Some(1));
+    }
+}
+
+#[test]
+fn wrong_use_has_a_code_and_a_message() {
+    let root = tempfile::tempdir().unwrap();
+    let missing = root.path().join("missing");
+    let code = |arguments: &[&str], code: i32, word: &str| {
+        let mut process = Process::start(arguments, Stdio::null(), Stdio::null());
+        assert_eq!(process.code(), Some(code), "{arguments:?}");
+        let mut text = String::new();
+        process.0.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+        assert!(text.contains(word), "{text}");
+    };
+    let missing = missing.to_str().unwrap();
+    code(&["send"], 38, "Usage");
+    code(&["send", missing], 4, missing);
+    code(&["send", "--to", "a | b", root.path().to_str().unwrap()], 39, "descriptor");
+    code(&["receive", missing], 6, "empty");
+}
+
+#[test]
+fn a_killed_side_leaves_nothing_behind() {
+    let root = tempfile::tempdir().unwrap();
+    let from = source(root.path());
+    let image = std::fs::read(from.join("root.hds")).unwrap();
+    let expected = disk_content(&from);
+    let mut random = Random(11);
+    for trial in 0..trials() {
+        let folder = root.path().join(format!("to-{trial}"));
+        std::fs::create_dir(&folder).unwrap();
+        let to = folder.join("copy.hds");
+        let victim_is_sender = trial % 2 == 0;
+        let mut sender = Process::start(&["send", from.to_str().unwrap()], Stdio::null(), Stdio::piped());
+        let mut receiver = Process::start(&["receive", to.to_str().unwrap()], Stdio::piped(), Stdio::null());
+        // The test is the pipe: it kills at a byte.
+        let mut stream = sender.0.stdout.take().unwrap();
+        let mut sink = receiver.0.stdin.take().unwrap();
+        let at = random.below(LEN / 3);
+        let mut carried = 0;
+        let mut buffer = vec![0; 20_000];
+        let mut killed = false;
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            if sink.write_all(&buffer[..count]).is_err() {
+                break;
+            }
+            carried += count as u64;
+            if carried >= at && !std::mem::replace(&mut killed, true) {
+                if victim_is_sender {
+                    sender.kill()
+                } else {
+                    receiver.kill()
+                };
+            }
+        }
+        drop((stream, sink));
+        let codes = (sender.code(), receiver.code());
+        assert!(killed, "the stream was shorter than thought");
+        if victim_is_sender {
+            assert_eq!(codes, (None, Some(6)), "killed at {at}");
+        } else {
+            assert_eq!(codes.1, None);
+            // What was in the pipe may have been the rest.
+            assert!(matches!(codes.0, Some(7 | 0)), "{codes:?}");
+        }
+        assert!(!to.exists());
+        let (mut sender, mut receiver) = one_way(&from, &to);
+        assert_eq!((sender.code(), receiver.code()), (Some(0), Some(0)), "retry");
+        assert!(disk_content(&folder) == expected);
+        let names = std::fs::read_dir(&folder).unwrap().count();
+        assert_eq!(names, 2, "image and descriptor, no left-overs");
+    }
+    assert!(std::fs::read(from.join("root.hds")).unwrap() == image, "the source is untouched");
+}
+
+#[test]
+fn a_killed_side_of_a_two_way_copy_is_noticed() {
+    let root = tempfile::tempdir().unwrap();
+    let from = source(root.path());
+    let expected = disk_content(&from);
+    let mut random = Random(12);
+    for trial in 0..trials() {
+        let folder = root.path().join(format!("to-{trial}"));
+        std::fs::create_dir(&folder).unwrap();
+        let to = folder.join("copy.hds");
+        let mut sender = two_way(&from, &to);
+        std::thread::sleep(Duration::from_micros(random.below(60_000)));
+        let children = format!("/proc/{0}/task/{0}/children", sender.0.id());
+        let receiver: Option<i32> = std::fs::read_to_string(children)
+            .ok()
+            .and_then(|text| text.split_whitespace().next()?.parse().ok());
+        if trial % 2 == 0 {
+            sender.kill();
+        } else if let Some(receiver) = receiver {
+            // It may have ended meanwhile.
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(receiver),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
+        let code = sender.code();
+        // The other one ends as well.
+        let end = Instant::now() + Duration::from_secs(30);
+        while receiver.is_some_and(is_running) {
+            assert!(Instant::now() < end, "the receiver lives on");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if to.exists() {
+            assert!(disk_content(&folder) == expected);
+            assert!(matches!(code, None | Some(0 | 75)), "{code:?}");
+        } else {
+            assert!(!matches!(code, Some(0)), "{code:?}");
+            assert_eq!(two_way(&from, &to).code(), Some(0), "retry");
+            assert!(disk_content(&folder) == expected);
+        }
+    }
+}
+
+fn is_running(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit(')').next().and_then(|rest| rest.trim().chars().next());
+    state.is_some_and(|state| state != 'Z')
+}
+
+/// Starts a guardian as a copy does; returns it ready.
+fn guardian(parts: &[&str]) -> Process {
+    let mut process = Process::start(&["guardian"], Stdio::piped(), Stdio::piped());
+    let order = serde_json::to_vec(&parts).unwrap();
+    let input = process.0.stdin.as_mut().unwrap();
+    input.write_all(&u32::try_from(order.len()).unwrap().to_le_bytes()).unwrap();
+    input.write_all(&order).unwrap();
+    let mut ready = [0];
+    process.0.stdout.take().unwrap().read_exact(&mut ready).unwrap();
+    process
+}
+
+#[test]
+fn the_guardian_runs_the_thaw_command_only_when_the_copy_died_frozen() {
+    let folder = tempfile::tempdir().unwrap();
+    for (words, expected) in [(&b""[..], false), (b"f", true), (b"fd", false), (b"fdf", true)] {
+        let mark = folder.path().join("thawed");
+        let _ = std::fs::remove_file(&mark);
+        let mut process = guardian(&["5000", &format!("touch {}", mark.display())]);
+        // Politeness does not move it.
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(process.0.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        let mut input = process.0.stdin.take().unwrap();
+        input.write_all(words).unwrap();
+        assert!(!mark.exists());
+        drop(input);
+        assert_eq!(process.code(), Some(0));
+        assert_eq!(mark.exists(), expected, "{words:?}");
+    }
+}
+
+#[test]
+fn the_guardian_ends_a_freeze_command_whose_copy_died_and_no_other() {
+    use std::os::unix::process::CommandExt;
+    for (is_told_of_its_end, obeys) in [(false, true), (false, false), (true, true)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mark = folder.path().join("thawed");
+        let mut process = guardian(&["5000", &format!("touch {}", mark.display())]);
+        // With a child of its own, which would live on if only the shell was killed.
+        let trap = if obeys { "" } else { "trap '' TERM;" };
+        let command = format!("{trap} sleep 600 & echo $!; wait; sleep 600");
+        let mut hook = Command::new("sh");
+        hook.args(["-c", &command]).stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
+        let mut hook = Process(hook.spawn().unwrap());
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(hook.0.stdout.take().unwrap()), &mut line)
+            .unwrap();
+        let child: i32 = line.trim().parse().unwrap();
+        let mut words = vec![b'f', b'g'];
+        words.extend(hook.0.id().to_le_bytes());
+        if is_told_of_its_end {
+            words.push(b'e');
+        }
+        let mut input = process.0.stdin.take().unwrap();
+        input.write_all(&words).unwrap();
+        drop(input);
+        assert_eq!(process.code(), Some(0));
+        assert!(mark.exists());
+        if is_told_of_its_end {
+            assert!(is_running(child));
+            let group = nix::unistd::Pid::from_raw(i32::try_from(hook.0.id()).unwrap());
+            nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+        assert_eq!(hook.code(), None, "ended by a signal");
+        let end = Instant::now() + Duration::from_secs(5);
+        while is_running(child) {
+            assert!(Instant::now() < end, "a child of the freeze command lives on");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// A small file system on a loop device, unmounted on drop.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(root: &Path) -> Result<Self, String> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err("only root can mount and freeze".into());
+        }
+        let (image, point) = (root.join("fs.img"), root.join("mnt"));
+        std::fs::create_dir(&point).map_err(|error| error.to_string())?;
+        std::fs::File::create(&image)
+            .and_then(|file| file.set_len(64 << 20))
+            .map_err(|error| error.to_string())?;
+        let (image, mount) = (image.to_str().unwrap(), point.to_str().unwrap());
+        for command in [vec!["mkfs.ext4", "-q", image], vec!["mount", "-o", "loop", image, mount]] {
+            let output = Command::new(command[0]).args(&command[1..]).output();
+            let output = output.map_err(|error| format!("{}: {error}", command[0]))?;
+            if !output.status.success() {
+                return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+            }
+        }
+        Ok(Self(point))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Ok(folder) = sys::open_folder(&self.0) {
+            let _ = sys::thaw_file_system(std::os::fd::AsFd::as_fd(&folder));
+        }
+        let unmounted = Command::new("umount").arg(&self.0).status().is_ok_and(|status| status.success());
+        if !unmounted {
+            // Somebody still looks at it: it goes when they do.
+            let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        }
+    }
+}
+
+#[test]
+fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
+    use pcopy::{LocalQuiesce, Quiesce, QuiesceOptions};
+    use std::os::fd::AsFd;
+    let root = tempfile::tempdir().unwrap();
+    let mounted = match Mounted::new(root.path()) {
+        Ok(mounted) => mounted,
+        Err(reason) => {
+            println!("SKIP: {reason}");
+            return;
+        }
+    };
+    let is_frozen = || {
+        let folder = sys::open_folder(&mounted.0).unwrap();
+        match sys::freeze_file_system(folder.as_fd()) {
+            Ok(()) => {
+                sys::thaw_file_system(folder.as_fd()).unwrap();
+                false
+            }
+            Err(_) => true,
+        }
+    };
+    // The copy dies: nobody but the guardian is left.
+    let mut process = guardian(&["5000", "", mounted.0.to_str().unwrap()]);
+    process.0.stdin.as_mut().unwrap().write_all(b"f").unwrap();
+    let folder = sys::open_folder(&mounted.0).unwrap();
+    sys::freeze_file_system(folder.as_fd()).unwrap();
+    drop(folder);
+    assert!(is_frozen());
+    drop(process.0.stdin.take());
+    assert_eq!(process.code(), Some(0));
+    assert!(!is_frozen());
+
+    // The copy lives: it freezes, and dropping it is enough to thaw.
+    let options = QuiesceOptions { mount_points: vec![mounted.0.clone()], ..Default::default() };
+    let mut quiesce = LocalQuiesce::new(options.clone(), None).unwrap();
+    assert!(quiesce.sync_file_system().unwrap());
+    quiesce.run_hook().unwrap();
+    quiesce.freeze_file_system().unwrap();
+    assert!(is_frozen());
+    quiesce.thaw().unwrap();
+    assert!(!is_frozen());
+    quiesce.freeze_file_system().unwrap();
+    // Twice is refused, and the first one stays ours to undo.
+    let mut second = LocalQuiesce::new(options, None).unwrap();
+    assert_eq!(second.freeze_file_system().unwrap_err().kind(), ploop_core::ErrorKind::NotQuiet);
+    drop(second);
+    assert!(is_frozen());
+    drop(quiesce);
+    assert!(!is_frozen());
+}
