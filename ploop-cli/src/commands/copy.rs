@@ -1,0 +1,469 @@
+//! `ploop copy`: a disk moves through a pipe while it is written to.
+
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use nix::fcntl::OFlag;
+use pcopy::freeze::{LocalQuiesce, QuiesceOptions};
+use pcopy::send;
+use pcopy::source::DiskSource;
+use pcopy::stats::Event;
+use pcopy::target::{Destination, FileTarget, ImageDestination, ImageOptions, Target};
+use pcopy::transport::{Cancel, Link, Peer};
+use pcopy::wire::{Hello, ImageKind};
+use pcopy::{ReceiveOptions, receive};
+use ploop_core::device::control::Connection;
+use ploop_core::device::runtime::{self, Entry, OpenRequest, Runtime, State};
+use ploop_core::device::{Disk, DiskOptions};
+use ploop_core::format::DESCRIPTOR_NAME;
+use ploop_core::{Error, ErrorKind, Result};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::args;
+use crate::commands::init::{Format, ImageVersion};
+use crate::copy_service::{Ask, CopyRequest, VERB, Wishes, to_value};
+use crate::exit::Outcome;
+use crate::open::{self, Manner, Wanted};
+use crate::output::{Output, Report, complain, human_bytes};
+use crate::progress::Progress;
+use crate::signals;
+
+/// Copy a disk, running or not, through a pipe
+///
+/// With -s it sends: to the command given with --to, into the file given with -d, else to stdout. Without -s it
+/// receives from stdin into the file given with -d.
+#[derive(Debug, clap::Args)]
+#[command(
+    group(clap::ArgGroup::new("end").args(["source", "target"]).required(true).multiple(true)),
+    after_help = "One-way:  ploop copy -s /mnt | ssh HOST ploop copy -d disk.hds    the receiver's exit code is the verdict\n\
+                  Two-way:  ploop copy -s /mnt --to 'ssh HOST ploop copy -d disk.hds'\n\
+                  Local:    ploop copy -s /mnt -d disk.hds\n\n\
+                  A running disk is sent while it is written to; what changes meanwhile is sent again, pass by pass. For the \
+                  last pass the freeze command runs, the file systems on the disk are frozen, and both are undone when the \
+                  copy is proven equal or has failed. The disk keeps running here. A failed copy leaves no file under the \
+                  final name.\n\n\
+                  Exit codes: 0 sent completely (--to and -d: received, verified and durable); 1 the target exists; 13 the \
+                  stream is damaged; 14 the freeze command failed, the disk does not become quiet or the freeze would last too long; 37 in use."
+)]
+pub(crate) struct Arguments {
+    /// What to send: the device, the mount point, the image or the DiskDescriptor.xml of a disk
+    #[arg(short = 's', long = "source", value_name = "DISK")]
+    source: Option<PathBuf>,
+
+    /// The image file to make; it must not exist
+    #[arg(short = 'd', long = "target", value_name = "FILE")]
+    target: Option<PathBuf>,
+
+    /// Command that stops the writers before the last pass, run by sh
+    #[arg(short = 'F', long = "freeze", value_name = "COMMAND", requires = "source")]
+    freeze_command: Option<String>,
+
+    /// Command that undoes the freeze command, run by sh when the disk runs again, also after a failure
+    #[arg(long = "thaw", value_name = "COMMAND", requires = "freeze_command")]
+    thaw_command: Option<String>,
+
+    /// Send to this command's stdin and read its answers from its stdout; quotes and backslashes as in a shell,
+    /// nothing else of a shell
+    #[arg(long = "to", value_name = "COMMAND", requires = "source", conflicts_with = "target")]
+    to: Option<String>,
+
+    /// Give up rather than freeze for longer than this, by prediction
+    #[arg(long, value_name = "MILLISECONDS", requires = "source", value_parser = args::integer)]
+    max_freeze: Option<u64>,
+
+    /// How long the freeze command may take
+    #[arg(long, value_name = "SECONDS", requires = "source", value_parser = args::integer)]
+    freeze_timeout: Option<u64>,
+
+    /// Give up when the other end moves nothing for this long
+    #[arg(long, value_name = "SECONDS", value_parser = args::integer)]
+    stall_timeout: Option<u64>,
+
+    /// Thaw and give up when the receiver keeps the disk frozen for this much longer than predicted
+    #[arg(long, value_name = "SECONDS", default_value = "10", requires = "source", value_parser = args::integer)]
+    freeze_stall_timeout: u64,
+
+    /// How many passes to make at most before the freeze
+    #[arg(long, value_name = "NUMBER", requires = "source", value_parser = args::integer)]
+    passes: Option<u64>,
+
+    /// Format of the new image; as the source by default
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", requires = "target")]
+    format: Option<Format>,
+
+    /// Cluster size of the new image in sectors; as the source by default
+    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", requires = "target", value_parser = args::integer)]
+    cluster_sectors: Option<u64>,
+
+    /// Version of the new image; as the source by default
+    #[arg(short = 'v', long = "version", value_name = "1|2", requires = "target")]
+    version: Option<ImageVersion>,
+}
+
+/// The figures of a sent copy. They may come from a server of another version: fields are looked up by name.
+struct Sent(Value);
+
+impl Serialize for Sent {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl Report for Sent {
+    fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
+        let (report, downtime) = (&self.0, &self.0["downtime"]);
+        let bytes = report["data_bytes"].as_u64().unwrap_or(0);
+        let seconds = report["seconds"].as_f64().unwrap_or(0.0);
+        let passes = report["passes"].as_array().map_or(0, Vec::len);
+        let committed = report["committed"].as_bool().unwrap_or(false);
+        let state = if committed {
+            "copied, verified and durable"
+        } else {
+            "sent; the receiver tells whether it arrived"
+        };
+        let mib_per_second = bytes as f64 / f64::from(1 << 20) / seconds.max(1e-3);
+        writeln!(
+            out,
+            "{state}: {} in {passes} passes and {seconds:.2} s ({mib_per_second:.0} MiB/s)",
+            human_bytes(bytes)
+        )?;
+        let ms = |name: &str| downtime[name].as_f64().unwrap_or(0.0);
+        writeln!(
+            out,
+            "frozen for {:.1} ms: freeze command {:.1}, file system {:.1}, last pass {:.1} ({}), seal {:.1}",
+            ms("total_ms"),
+            ms("hook_ms"),
+            ms("file_system_ms"),
+            ms("last_pass_ms"),
+            human_bytes(downtime["bytes"].as_u64().unwrap_or(0)),
+            ms("seal_ms"),
+        )
+    }
+}
+
+pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    match (&arguments.source, &arguments.target) {
+        (Some(source), target) => send_disk(arguments, source, target.as_deref(), output),
+        (None, Some(target)) => receive_disk(arguments, target, output),
+        (None, None) => {
+            Err(Error::new(ErrorKind::Parameter, "say what to send (-s) or where to receive (-d)").into())
+        }
+    }
+}
+
+/// SIGINT, SIGTERM and SIGHUP cancel the copy, which then leaves everything as it was. Called before any thread is
+/// started.
+fn cancel_on_signals(cancel: &Cancel) -> Result<()> {
+    let signals = signals::hold()?;
+    let cancel = cancel.clone();
+    let wait = move || {
+        while signals.wait().is_ok() {
+            cancel.cancel();
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(wait)
+        .map(drop)
+        .map_err(|cause| Error::io(ErrorKind::System, "start the signal thread", cause))
+}
+
+fn receive_disk(arguments: &Arguments, target: &Path, output: &Output) -> Outcome {
+    if io::stdin().is_terminal() {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            "a copy is received from a pipe, standard input is a terminal",
+        )
+        .advise("ploop copy -s DISK | ploop copy -d FILE; or give what to copy with -s")
+        .into());
+    }
+    let cancel = Cancel::new()?;
+    cancel_on_signals(&cancel)?;
+    let mut options = ReceiveOptions { cancel: Some(cancel), ..ReceiveOptions::default() };
+    if let Some(seconds) = arguments.stall_timeout {
+        options.stall_timeout = Duration::from_secs(seconds);
+    }
+    let mut destination = NewImage { path: target, options: wanted_image(arguments)? };
+    // Two sets of bars on one terminal would draw over each other; the sender has one.
+    let progress = output.is_json().then(|| Progress::new(output));
+    let observer = observer(progress.as_ref());
+    let report = receive(Link::standard()?, &mut destination, &options, &observer)?;
+    // Standard output belongs to the answers of a two-way copy: figures go to standard error.
+    if let (Some(progress), Ok(figures)) = (&progress, serde_json::to_value(&report)) {
+        progress.done(&figures);
+    }
+    Ok(())
+}
+
+/// The image to come, looked at only when the stream has begun: whatever is wrong with it is then told to a sender
+/// that waits for answers, too.
+struct NewImage<'a> {
+    path: &'a Path,
+    options: ImageOptions,
+}
+
+impl Destination for NewImage<'_> {
+    fn create(&mut self, hello: &Hello) -> Result<Box<dyn Target>> {
+        ImageDestination::new(self.path, self.options)?.create(hello)
+    }
+
+    fn create_file(&mut self) -> Result<Box<dyn FileTarget>> {
+        ImageDestination::new(self.path, self.options)?.create_file()
+    }
+}
+
+/// The image that the operator wants, where that is not as the source.
+fn wanted_image(arguments: &Arguments) -> Result<ImageOptions> {
+    let cluster_sectors = arguments.cluster_sectors.map(|sectors| {
+        u32::try_from(sectors).map_err(|_| {
+            Error::new(ErrorKind::Parameter, format!("clusters of {sectors} sectors"))
+                .advise("a power of two from 64 (32 KiB) to 131072 (64 MiB)")
+        })
+    });
+    Ok(ImageOptions {
+        image: arguments.format.map(|format| match format {
+            Format::Expanded => ImageKind::Expanded,
+            Format::Preallocated => ImageKind::Preallocated,
+            Format::Raw => ImageKind::Raw,
+        }),
+        version: arguments.version.map(|version| match version {
+            ImageVersion::One => 1,
+            ImageVersion::Two => 2,
+        }),
+        cluster_sectors: cluster_sectors.transpose()?,
+    })
+}
+
+fn observer(progress: Option<&Progress>) -> impl Fn(&Event) + Sync {
+    move |event: &Event| {
+        if let Some(progress) = progress
+            && let Ok(event) = serde_json::to_value(event)
+        {
+            progress.event(&event);
+        }
+    }
+}
+
+fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output: &Output) -> Outcome {
+    let to_standard_output = target.is_none() && arguments.to.is_none();
+    if to_standard_output && io::stdout().is_terminal() {
+        return Err(Error::new(ErrorKind::Parameter, "the copy would go to a terminal")
+            .advise("pipe it into `ploop copy -d FILE`, or give the receiver's command with --to or a file with -d")
+            .into());
+    }
+    let cancel = Cancel::new()?;
+    cancel_on_signals(&cancel)?;
+    let from = Origin::find(source)?;
+    let progress = Progress::new(output);
+    let (link, peer) = match (target, &arguments.to) {
+        (Some(target), _) => {
+            Peer::start(&mut receiver_command(arguments, target)).map(|(link, peer)| (link, Some(peer)))?
+        }
+        (None, Some(command)) => Peer::spawn(command).map(|(link, peer)| (link, Some(peer)))?,
+        (None, None) => (Link::standard_output()?, None),
+    };
+    let sent = from.send(arguments, link, &cancel, &progress);
+    let figures = finish(sent, peer, arguments)?;
+    progress.done(&figures);
+    if !to_standard_output {
+        return output.report(&Sent(figures));
+    }
+    if progress.is_watched() {
+        let mut text = Vec::new();
+        if Sent(figures).write_human(&mut text).is_ok() {
+            complain(&String::from_utf8_lossy(&text));
+        }
+    }
+    Ok(())
+}
+
+/// This program as the receiver of a local copy: what it has to say comes back over the link.
+fn receiver_command(arguments: &Arguments, target: &Path) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["-v-2", "copy", "-d"]).arg(target);
+    if let Some(format) = arguments.format.and_then(|format| format.to_possible_value()) {
+        command.arg("-f").arg(format.get_name());
+    }
+    if let Some(sectors) = arguments.cluster_sectors {
+        command.arg("-b").arg(sectors.to_string());
+    }
+    if let Some(version) = arguments.version.and_then(|version| version.to_possible_value()) {
+        command.arg("-v").arg(version.get_name());
+    }
+    if let Some(seconds) = arguments.stall_timeout {
+        command.arg("--stall-timeout").arg(seconds.to_string());
+    }
+    command
+}
+
+/// Waits for the receiver's command, whose end may be the reason of a failure.
+fn finish(sent: Result<Value>, peer: Option<Peer>, arguments: &Arguments) -> Result<Value> {
+    let Some(peer) = peer else { return sent };
+    let status = peer.finish();
+    match (sent, status) {
+        (Ok(figures), Ok(_)) => Ok(figures),
+        // It has said that the copy is in place; nothing that follows can make that undone.
+        (Ok(figures), Err(_)) => Ok(figures),
+        (Err(error), Ok(status)) if !status.success() && !told_by_receiver(&error) => {
+            let command = arguments.to.as_deref().unwrap_or("ploop copy -d");
+            Err(Error::new(
+                ErrorKind::System,
+                format!("the receiver's command \"{command}\" failed ({status})"),
+            )
+            .caused_by(error)
+            .advise("see its message above, and run it by hand"))
+        }
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// Whether the error is more than the silence of a receiver that ended.
+fn told_by_receiver(error: &Error) -> bool {
+    !matches!(error.kind(), ErrorKind::Read | ErrorKind::Write)
+}
+
+/// Where a copy comes from.
+enum Origin {
+    /// A disk with a server, which sends it.
+    Served(Box<State>, Entry),
+    /// A closed disk, sent by this process.
+    Closed(OpenRequest),
+}
+
+impl Origin {
+    fn find(source: &Path) -> Result<Self> {
+        let runtime = Runtime::of_user()?;
+        if let Some(state) = runtime.find(source)? {
+            let entry = runtime.entry(&state.id);
+            return Ok(Self::Served(Box::new(state), entry));
+        }
+        let kind = std::fs::metadata(source)
+            .map_err(|cause| Error::io(ErrorKind::Open, "find the disk to copy", cause).at_path(source))?;
+        if kind.file_type().is_block_device() || (kind.is_dir() && !source.join(DESCRIPTOR_NAME).exists()) {
+            return Err(Error::new(ErrorKind::NotMounted, "this is no mounted disk of ploop")
+                .at_path(source)
+                .advise("`ploop list` shows what is mounted; a disk that is not is given by its image or descriptor"));
+        }
+        let disks = vec![source.to_owned()];
+        open::resolve(&Wanted { disks, read_only: true, ..Wanted::default() }).map(Self::Closed)
+    }
+
+    fn send(&self, arguments: &Arguments, link: Link, cancel: &Cancel, progress: &Progress) -> Result<Value> {
+        let device = match self {
+            Self::Served(state, _) => state.loop_device.as_deref(),
+            Self::Closed(_) => None,
+        };
+        // All mount points of one device show one file system, which can be frozen only once.
+        let mount_point = match device {
+            Some(device) => runtime::mount_points_of(device)?.into_iter().next(),
+            None => None,
+        };
+        let options = QuiesceOptions {
+            mount_points: mount_point.into_iter().collect(),
+            freeze_command: arguments.freeze_command.clone(),
+            thaw_command: arguments.thaw_command.clone(),
+            hook_timeout: arguments.freeze_timeout.map(Duration::from_secs),
+            guardian: true,
+        };
+        let mut quiesce = LocalQuiesce::new(options, Some(cancel.clone()))?;
+        let wishes = Wishes {
+            freeze_ms_max: arguments.max_freeze,
+            passes_max: arguments.passes.map(|passes| u32::try_from(passes).unwrap_or(u32::MAX)),
+            stall_timeout_s: arguments.stall_timeout,
+            freeze_stall_timeout_s: Some(arguments.freeze_stall_timeout),
+        };
+        match self {
+            Self::Served(_, entry) => send_served(entry, wishes, link, &mut quiesce, cancel, progress),
+            Self::Closed(request) => send_closed(request, wishes, link, &mut quiesce, cancel, progress),
+        }
+    }
+}
+
+fn send_closed(
+    request: &OpenRequest,
+    wishes: Wishes,
+    link: Link,
+    quiesce: &mut LocalQuiesce,
+    cancel: &Cancel,
+    progress: &Progress,
+) -> Result<Value> {
+    let opened = open::open(request, Manner::default())?;
+    let options = DiskOptions { read_only: true, ..DiskOptions::default() };
+    let disk = Disk::open(Arc::clone(&opened.chain), options)?;
+    let sent = {
+        let mut source = DiskSource::new(&disk)?;
+        let observer = observer(Some(progress));
+        send(&mut source, quiesce, link, &wishes.send_options(cancel.clone()), &observer)
+    };
+    let closed = disk.close();
+    let report = sent?;
+    closed?;
+    to_value(&report)
+}
+
+/// Lets the server send the disk; does what it asks meanwhile.
+fn send_served(
+    entry: &Entry,
+    wishes: Wishes,
+    link: Link,
+    quiesce: &mut LocalQuiesce,
+    cancel: &Cancel,
+    progress: &Progress,
+) -> Result<Value> {
+    let connection = Connection::open(&entry.socket())?;
+    let output =
+        link.output.ok_or_else(|| Error::new(ErrorKind::Parameter, "a copy needs somewhere to go"))?;
+    let request = CopyRequest { two_way: link.input.is_some(), wishes };
+    let (leash, own_end) = nix::unistd::pipe2(OFlag::O_CLOEXEC)
+        .map_err(|errno| Error::io(ErrorKind::System, "make a pipe", errno.into()))?;
+    cut_when_cancelled(own_end, cancel.clone())?;
+    cancel_when_closed(connection.try_clone()?, cancel.clone())?;
+    {
+        let mut descriptors = vec![output.as_fd()];
+        descriptors.extend(link.input.as_ref().map(AsFd::as_fd));
+        descriptors.push(leash.as_fd());
+        connection.request(VERB, &request, &descriptors)?;
+    }
+    // The server has them now; kept here, the other end would never see its end.
+    drop((output, link.input, leash));
+    connection.answer(VERB, None, |message| match serde_json::from_value::<Ask>(message.clone()) {
+        Ok(ask) => {
+            // A server that does not take the reply is gone, which the wait for its answer finds out.
+            let _ = connection.send(&ask.obey(quiesce), &[]);
+        }
+        Err(_) => progress.event(&message),
+    })
+}
+
+/// Cancels when the server is gone: a freeze command that runs just then has nothing to wait for.
+fn cancel_when_closed(connection: Connection, cancel: Cancel) -> Result<()> {
+    let watch = move || {
+        while !connection.wait_closed(Duration::from_secs(3600)) {}
+        cancel.cancel();
+    };
+    std::thread::Builder::new()
+        .name("server-watch".into())
+        .spawn(watch)
+        .map(drop)
+        .map_err(|cause| Error::io(ErrorKind::System, "start the thread that watches the server", cause))
+}
+
+/// Holds the leash of the copy until it is cancelled; the end of this process lets it go as well.
+fn cut_when_cancelled(leash: OwnedFd, cancel: Cancel) -> Result<()> {
+    let hold = move || {
+        cancel.wait();
+        drop(leash);
+    };
+    std::thread::Builder::new()
+        .name("leash".into())
+        .spawn(hold)
+        .map(drop)
+        .map_err(|cause| Error::io(ErrorKind::System, "start the thread that holds the leash", cause))
+}

@@ -1,0 +1,224 @@
+//! `ploop mount`: a disk becomes a block device and, with a mount point, a mounted file system.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use clap::ValueEnum;
+use ploop_core::device::runtime::PartitionRange;
+use ploop_core::{Error, ErrorKind, Result};
+use serde::Serialize;
+
+use crate::args;
+use crate::exit::Outcome;
+use crate::open::{self, Wanted};
+use crate::output::{Output, Report};
+use crate::serving::{self, ServeOptions, Served};
+
+/// Make a disk a block device and mount its file system
+///
+/// Prints the block device. Without -m it only makes the device. If the disk has a partition table, the device shows its
+/// first partition.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Give the DiskDescriptor.xml of a disk or its folder, or its image files, base first. \
+                        `ploop umount` undoes it.\n\n\
+                        Exit codes: 37 the disk is mounted already or in use; 21 the file system cannot be mounted \
+                        (the device is taken away again); 41 the check found errors it could not repair."
+)]
+pub(crate) struct Arguments {
+    /// Refuse writes
+    #[arg(short = 'r', long = "read-only")]
+    read_only: bool,
+
+    /// Check the file system, and repair what is safe, before it is mounted
+    #[arg(short = 'F', long = "fsck")]
+    check: bool,
+
+    /// Format of the base image when there is no descriptor
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", default_value = "ploop1")]
+    format: BaseFormat,
+
+    /// Cluster size for a raw base, in sectors
+    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", value_parser = args::integer)]
+    cluster_sectors: Option<u64>,
+
+    /// The loop device to use instead of a free one
+    #[arg(short = 'd', long = "device", value_name = "DEVICE")]
+    device: Option<PathBuf>,
+
+    /// Where to mount the file system
+    #[arg(short = 'm', long = "mount-point", value_name = "DIR")]
+    mount_point: Option<PathBuf>,
+
+    /// Type of the file system; found out by default
+    #[arg(short = 't', long = "fstype", value_name = "FSTYPE", requires = "mount_point")]
+    file_system: Option<String>,
+
+    /// Options for mount(8)
+    #[arg(short = 'o', long = "options", value_name = "OPTIONS", requires = "mount_point")]
+    options: Option<String>,
+
+    /// The snapshot to open, read-only, by its GUID; base for the lowest image
+    #[arg(short = 'u', long = "uuid", value_name = "UUID")]
+    snapshot: Option<String>,
+
+    /// Show the whole disk, with its partition table
+    #[arg(short = 'n', long = "no-partition")]
+    whole_disk: bool,
+
+    /// Threads that serve the disk
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    threads: u8,
+
+    /// Serve also where the kernel refuses to protect the server against waiting for its own device when memory is
+    /// short (no CAP_SYS_RESOURCE or CAP_IPC_LOCK): the machine may then stall. PLOOP_ALLOW_RECLAIM_STALL=1 in the
+    /// environment says the same
+    #[arg(long)]
+    allow_reclaim_stall: bool,
+
+    /// DiskDescriptor.xml or its folder, or image files, base first
+    #[arg(value_name = "DISK", required = true)]
+    disks: Vec<PathBuf>,
+}
+
+/// Formats of a base image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BaseFormat {
+    /// The bytes of the disk as they are
+    Raw,
+    /// An image with header and table
+    #[value(name = "ploop1", alias = "expanded")]
+    Image,
+}
+
+/// What was mounted.
+#[derive(Debug, Serialize)]
+struct Mounted {
+    device: PathBuf,
+    mount_point: Option<PathBuf>,
+    id: String,
+    size_bytes: Option<u64>,
+    partition: Option<PartitionRange>,
+    read_only: bool,
+}
+
+impl Report for Mounted {
+    fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "{}", self.device.display())
+    }
+}
+
+pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    let request = open::resolve(&Wanted {
+        disks: arguments.disks.clone(),
+        read_only: arguments.read_only,
+        raw_base: arguments.format == BaseFormat::Raw,
+        cluster_sectors: arguments.cluster_sectors,
+        snapshot: arguments.snapshot.clone(),
+    })?;
+    let mount_point = arguments.mount_point.as_deref().map(check_mount_point).transpose()?;
+    let served = serving::start(
+        request,
+        &ServeOptions {
+            allow_reclaim_stall: arguments.allow_reclaim_stall,
+            threads: usize::from(arguments.threads),
+            device: arguments.device.clone(),
+            whole_disk: arguments.whole_disk,
+        },
+    )?;
+    match mount(&served, arguments, mount_point.as_deref()) {
+        Ok(device) => output.report(&Mounted {
+            device,
+            mount_point,
+            id: served.state.id.clone(),
+            size_bytes: served.entry.state()?.size_bytes,
+            partition: served.state.partition,
+            read_only: arguments.read_only,
+        }),
+        Err(error) => {
+            if let Err(second) = serving::end(&served) {
+                output.error(&second);
+            }
+            Err(error.into())
+        }
+    }
+}
+
+fn check_mount_point(point: &Path) -> Result<PathBuf> {
+    let found = std::fs::canonicalize(point)
+        .map_err(|cause| Error::io(ErrorKind::Mount, "find the mount point", cause).at_path(point))?;
+    if found.is_dir() {
+        Ok(found)
+    } else {
+        Err(Error::new(ErrorKind::Mount, "the mount point is no folder").at_path(point))
+    }
+}
+
+/// Checks and mounts the file system as far as asked; the device.
+fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>) -> Result<PathBuf> {
+    let device = served.state.loop_device.clone().ok_or_else(|| {
+        Error::new(ErrorKind::Device, "the disk has no loop device").at_path(served.entry.path())
+    })?;
+    if arguments.check {
+        check_file_system(&device, arguments)?;
+    }
+    let Some(point) = point else { return Ok(device) };
+    // Remembered first: umount finds it also when somebody unmounts the file system by hand.
+    served.entry.update(|state| state.mount_points.push(point.to_path_buf()))?;
+    let mut line: Vec<OsString> = Vec::new();
+    if arguments.read_only {
+        line.push("-r".into());
+    }
+    for (option, value) in [("-t", &arguments.file_system), ("-o", &arguments.options)] {
+        if let Some(value) = value {
+            line.extend([option.into(), value.into()]);
+        }
+    }
+    line.extend(["--".into(), device.clone().into(), point.into()]);
+    let (status, text) = run_program("mount", &line, ErrorKind::Mount)?;
+    if status != 0 {
+        return Err(Error::new(
+            ErrorKind::Mount,
+            format!("mount {} at {}: {}", device.display(), point.display(), text.trim()),
+        )
+        .advise("see the last lines of dmesg; -F checks the file system first, -t names its type"));
+    }
+    Ok(device)
+}
+
+fn check_file_system(device: &Path, arguments: &Arguments) -> Result<()> {
+    let mut line: Vec<OsString> = vec!["-T".into()];
+    if let Some(kind) = &arguments.file_system {
+        line.extend(["-t".into(), kind.into()]);
+    }
+    line.push(device.into());
+    // Repairs what can be repaired without asking; looks only on a disk that refuses writes.
+    line.push(if arguments.read_only { "-n" } else { "-p" }.into());
+    let (status, text) = run_program("fsck", &line, ErrorKind::FileSystemCheck)?;
+    // 1: errors were found and corrected.
+    if status & !1 != 0 {
+        return Err(Error::new(
+            ErrorKind::FileSystemCheck,
+            format!("check the file system on {}: exit code {status}: {}", device.display(), text.trim()),
+        )
+        .advise("mount without -m and -F and repair it by hand: fsck DEVICE"));
+    }
+    Ok(())
+}
+
+/// Runs a program and waits: its exit code and what it said.
+fn run_program(name: &str, line: &[OsString], kind: ErrorKind) -> Result<(i32, String)> {
+    let output = Command::new(name)
+        .args(line)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|cause| Error::io(kind, format!("run {name}"), cause))?;
+    let mut text = String::from_utf8_lossy(&output.stderr).into_owned();
+    if text.trim().is_empty() {
+        text = String::from_utf8_lossy(&output.stdout).into_owned();
+    }
+    // Ended by a signal: no success.
+    Ok((output.status.code().unwrap_or(255), text))
+}
