@@ -1,0 +1,9 @@
+//! Measured claims. Each bench prints JSON lines with the figure, the peer's figure from the same run, and their
+//! ratio; `docs/benchmarks.md` keeps them. None of this is a timed test: a slow machine fails nothing.
+
+pub mod copy;
+pub mod device;
+pub mod downtime;
+pub mod report;
+pub mod tracker;
+pub mod work;
