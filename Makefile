@@ -1,0 +1,78 @@
+# Everything a person types. Each target installs what it needs from the distribution, says so, and is quiet about
+# it the second time.
+#
+#   make demo     moves a mounted, written-to disk through a pipe and proves the copy (under a minute, needs root)
+#   make test     formatting, lints and every test
+#   make check    formatting and lints alone
+#   make crash    the crash simulator alone, with more states than `make test` takes
+#   make chaos    copies under fire: cut, flipped, stalled and killed
+#   make fuzz     every fuzzer for a while
+#   make bench    the figures of docs/benchmarks.md, measured here against other programs
+#   make docs     the crates' documentation
+#   make nightly  the long versions of all tests
+
+CARGO ?= cargo
+# What tests and the demo run besides ploop itself: package names of Debian 12.
+TEST_PACKAGES := e2fsprogs xfsprogs fio qemu-utils zstd util-linux
+BENCH_PACKAGES := rsync libnbd-bin qemu-system-common nbdkit
+export CARGO_TERM_COLOR ?= auto
+
+.PHONY: demo test check crash chaos fuzz bench docs nightly loom packages bench-packages clean
+
+demo: packages
+	@$(CARGO) build --release --quiet --package ploop-cli --package pcopy --example demo
+	@./target/release/examples/demo
+
+test: packages check
+	$(CARGO) test --workspace --quiet
+	$(MAKE) --no-print-directory loom
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- --deny warnings
+
+# The write tracker under every interleaving the memory model allows.
+loom:
+	RUSTFLAGS="--cfg loom" $(CARGO) test --quiet --release --package ploop-core --target-dir target/loom --lib loom
+
+crash:
+	PLOOP_CRASH_STATES=1000000 $(CARGO) test --release --package ploop-core --test crash -- --nocapture
+
+chaos: packages
+	PLOOP_CHAOS_TRIALS=200 $(CARGO) test --release --package pcopy --test faults --test kill -- --nocapture
+
+fuzz:
+	$(CARGO) run --release --package ploop-fuzz -- smoke 300
+
+bench: packages bench-packages
+	$(CARGO) build --release --quiet --workspace
+	$(CARGO) run --release --quiet --package ploop-benches
+
+docs:
+	$(CARGO) doc --workspace --no-deps
+
+nightly: packages check
+	PLOOP_CRASH_STATES=50000000 PLOOP_CHAOS_TRIALS=10000 PROPTEST_CASES=20000 $(CARGO) test --workspace --release
+	$(MAKE) --no-print-directory loom
+
+define install_missing
+	@missing=""; for package in $(1); do \
+	  dpkg-query --show --showformat='$${db:Status-Status}' "$$package" 2>/dev/null | grep -qx installed || missing="$$missing $$package"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then echo "not a Debian system; please see to it that these are installed:$$missing"; exit 0; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then echo "please install (tests that need them say SKIP):$$missing"; exit 0; fi; \
+	echo "installing from the distribution:$$missing"; \
+	DEBIAN_FRONTEND=noninteractive; export DEBIAN_FRONTEND; \
+	apt-get -qq update && apt-get -qq install --yes --no-install-recommends --no-remove $$missing >/dev/null \
+	  || echo "could not install all of them; what needs them will say SKIP"
+endef
+
+packages:
+	$(call install_missing,$(TEST_PACKAGES))
+
+bench-packages:
+	$(call install_missing,$(BENCH_PACKAGES))
+
+clean:
+	$(CARGO) clean
