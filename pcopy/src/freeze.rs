@@ -20,11 +20,13 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::{SigSet, Signal, killpg};
+use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use ploop_core::io::sys;
 use ploop_core::{Error, ErrorKind, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::source::Gate;
 use crate::transport::Cancel;
@@ -326,6 +328,10 @@ impl Quiesce for LocalQuiesce {
     }
 
     fn freeze_file_system(&mut self) -> Result<()> {
+        // Again, for a caller that has no hook to run.
+        if let Some(guardian) = &mut self.guardian {
+            guardian.tell(FREEZING)?;
+        }
         for (index, (path, folder)) in self.mounts.iter().enumerate() {
             match sys::freeze_file_system(folder.as_fd()) {
                 Ok(()) => self.frozen.push(index),
@@ -462,13 +468,9 @@ impl Drop for Guardian {
 /// What the hidden subcommand does: waits for the pipe on standard input to close, and thaws if the last word on it
 /// was that a freeze may have begun. Returns the exit code.
 pub fn guardian_main() -> u8 {
-    // The terminal's signals and a polite end are not for it: it goes when its pipe does.
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
-        signals.add(signal);
-    }
-    let blocked = signals.thread_block();
-    let guarded = blocked.map_err(io::Error::from).and_then(|()| guard());
+    // The terminal's signals and a polite end are not for it: it goes when its pipe does. Caught, not blocked: what the
+    // thaw command starts would inherit a mask, and could not be stopped any more.
+    let guarded = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT]).and_then(|_caught| guard());
     match guarded {
         Ok(()) => 0,
         Err(error) => {

@@ -8,7 +8,7 @@
 //! is written as it is read, in small pieces, and the finished file must be a whole image, closed cleanly, before it
 //! gets its name.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::time::Instant;
 
 use ploop_core::{Error, ErrorKind, Result};
@@ -24,19 +24,24 @@ pub const PACKET_BYTES_MAX: u32 = 64 << 20;
 /// The largest file.
 pub const FILE_BYTES_MAX: u64 = 1 << 50;
 /// The size that marks a sync instead of data.
-const SYNC_MARK_BYTES: u32 = 4;
+pub(crate) const SYNC_MARK_BYTES: u32 = 4;
 /// Data is read and written in pieces of this size.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// Receives the stream behind its first marker, which has been read.
+/// What the sender is told after a sync mark, where it listens.
+pub(crate) const SYNCED: &[u8; 8] = b"SUCCESS\n";
+const NOT_SYNCED: &[u8; 8] = b"FAILURE\n";
+
+/// Receives the stream behind its first marker, which has been read. `feedback` is told how each sync went.
 pub(crate) fn receive(
     input: &mut impl Read,
+    feedback: Option<&mut dyn Write>,
     destination: &mut dyn Destination,
     observer: &dyn Observer,
     begun: Instant,
 ) -> Result<ReceiveReport> {
     let mut file = destination.create_file()?;
-    let received = packets(input, &mut *file, observer).and_then(|totals| {
+    let received = packets(input, feedback, &mut *file, observer).and_then(|totals| {
         file.sync()?;
         file.commit()?;
         Ok(totals)
@@ -72,7 +77,12 @@ struct Totals {
     file_bytes: u64,
 }
 
-fn packets(input: &mut impl Read, file: &mut dyn FileTarget, observer: &dyn Observer) -> Result<Totals> {
+fn packets(
+    input: &mut impl Read,
+    mut feedback: Option<&mut dyn Write>,
+    file: &mut dyn FileTarget,
+    observer: &dyn Observer,
+) -> Result<Totals> {
     let mut piece = vec![0; PIECE_BYTES];
     let mut totals = Totals::default();
     let mut position = 4;
@@ -101,7 +111,17 @@ fn packets(input: &mut impl Read, file: &mut dyn FileTarget, observer: &dyn Obse
         }
         if size == SYNC_MARK_BYTES {
             fill(input, &mut [0; 4], &mut position)?;
-            file.sync()?;
+            let synced = file.sync();
+            if let Some(feedback) = &mut feedback {
+                let told = feedback.write_all(if synced.is_ok() { SYNCED } else { NOT_SYNCED });
+                // What went wrong with the file matters more.
+                if synced.is_ok() {
+                    told.map_err(|error| {
+                        transport::explain(ErrorKind::Write, "tell the sender of the sync", error)
+                    })?;
+                }
+            }
+            synced?;
         } else {
             let mut at = offset;
             while at < end {
@@ -147,7 +167,7 @@ mod tests {
 
     fn receive_stream(stream: &[u8]) -> (Result<ReceiveReport>, MemoryDestination) {
         let mut destination = MemoryDestination::new();
-        let report = receive(&mut &stream[4..], &mut destination, &Silent, Instant::now());
+        let report = receive(&mut &stream[4..], None, &mut destination, &Silent, Instant::now());
         (report, destination)
     }
 
@@ -161,6 +181,20 @@ mod tests {
         assert_eq!(report.unwrap().disk_bytes, 16);
         assert_eq!(destination.outcome(), Outcome::Committed);
         assert_eq!(destination.content(), [[2; 8], [1; 8]].concat());
+    }
+
+    #[test]
+    fn a_sender_that_listens_is_told_of_each_sync() {
+        let stream = whole();
+        let (mut told, mut destination) = (Vec::new(), MemoryDestination::new());
+        receive(&mut &stream[4..], Some(&mut told), &mut destination, &Silent, Instant::now()).unwrap();
+        assert_eq!(told, SYNCED);
+        // It has gone: the copy cannot be completed any more.
+        let mut full: &mut [u8] = &mut [0; 4];
+        let mut destination = MemoryDestination::new();
+        let failed = receive(&mut &stream[4..], Some(&mut full), &mut destination, &Silent, Instant::now());
+        assert_eq!(failed.unwrap_err().kind(), ErrorKind::Write);
+        assert_eq!(destination.outcome(), Outcome::Nothing);
     }
 
     #[test]

@@ -13,12 +13,14 @@
 //! * [`wire`]: the frames and what may come when. [`transport`]: bytes with a time-out.
 //! * [`source`], [`target`]: what is copied and into what; the only files that know images and disks.
 //! * [`converge`]: when to freeze. [`freeze`]: making writers stand still, and going on whatever happens.
+//! * `sender` and `original`: the two streams that can be sent; `standstill`: the freeze of both.
 //! * [`legacy`]: the original's one-way stream. [`memory`]: both ends without files.
 //!
 //! Two-way, success of the sender means a copy in place; one-way, the receiver's exit code is the verdict. The source
 //! keeps running and stays the owner of the disk in any case.
 
 pub mod converge;
+mod course;
 mod exchange;
 pub mod freeze;
 mod freeze_limit;
@@ -26,17 +28,21 @@ mod intake;
 pub mod legacy;
 mod loans;
 pub mod memory;
+mod original;
 mod pass;
 mod receiver;
 mod sender;
 pub mod source;
+mod standstill;
 pub mod stats;
 pub mod target;
+mod target_synthesis;
 pub mod transport;
 mod verify;
 pub mod wire;
 
 pub use freeze::{LocalQuiesce, NothingToQuiesce, Quiesce, QuiesceOptions, guardian_main};
+pub use original::send_original;
 pub use receiver::{ReceiveOptions, receive};
 pub use sender::{SendOptions, send};
 pub use source::Source;

@@ -69,6 +69,16 @@ impl Counts {
         self.frames += other.frames;
         self.wire_bytes += other.wire_bytes;
     }
+
+    /// What came on top of `earlier`, an earlier state of the same figures.
+    pub(crate) fn since(self, earlier: Self) -> Self {
+        Self {
+            data_bytes: self.data_bytes - earlier.data_bytes,
+            zero_bytes: self.zero_bytes - earlier.zero_bytes,
+            frames: self.frames - earlier.frames,
+            wire_bytes: self.wire_bytes - earlier.wire_bytes,
+        }
+    }
 }
 
 /// On its way to the pipe.

@@ -54,12 +54,15 @@ pub struct ReceiveOptions {
     pub read_back: bool,
     /// Ends the copy from outside.
     pub cancel: Option<Cancel>,
+    /// A sender of the original's stream reads from the link's output how each of its sync marks went. Without this it
+    /// is told nothing.
+    pub feedback: bool,
 }
 
 impl Default for ReceiveOptions {
     /// 120 s for the sender; reads back.
     fn default() -> Self {
-        Self { stall_timeout: Duration::from_secs(120), read_back: true, cancel: None }
+        Self { stall_timeout: Duration::from_secs(120), read_back: true, cancel: None, feedback: false }
     }
 }
 
@@ -85,7 +88,12 @@ pub fn receive(
     let mut input = BufReader::with_capacity(READ_BYTES, Transport::reader(input, patience.clone())?);
     let first = first_bytes(&mut input)?;
     if first == legacy::MARKER {
-        return legacy::receive(&mut input, destination, observer, begun);
+        let mut feedback = match link.output.filter(|_| options.feedback) {
+            Some(output) => Some(Transport::writer(output, patience)?),
+            None => None,
+        };
+        let feedback = feedback.as_mut().map(|feedback| feedback as &mut dyn Write);
+        return legacy::receive(&mut input, feedback, destination, observer, begun);
     }
     let mut admission = Admission::new(Cursor::new(first).chain(input));
     let (header, hello) = admission.hello().map_err(|error| explain_first(error, first))?;

@@ -15,24 +15,20 @@ use std::time::{Duration, Instant};
 use ploop_core::io::BufferPool;
 use ploop_core::{Error, ErrorKind, Result};
 
-use crate::converge::{self, ConvergenceOptions, Decision};
-use crate::exchange::{Answers, Exchange, abort_payload, read_answers};
-use crate::freeze::{Frozen, Quiesce};
-use crate::freeze_limit::FreezeLimit;
+use crate::converge::{self, ConvergenceOptions};
+use crate::course::Course;
+use crate::exchange::{Answers, abort_payload, read_answers};
+use crate::freeze::Quiesce;
 use crate::loans::Loans;
 use crate::pass::{self, Counts, Outlet, PassReader, Walk};
 use crate::source::{Reader, Source};
-use crate::stats::{
-    Downtime, Event, Observer, PassKind, PassStats, SendReport, hexadecimal, milliseconds, rate,
-};
-use crate::transport::{Activity, Cancel, Link, Patience, Transport, keepalive_interval};
+use crate::standstill::{Standstill, Sweeper};
+use crate::stats::{Event, Observer, PassKind, SendReport, hexadecimal, milliseconds, rate};
+use crate::transport::{Cancel, Link, Transport, keepalive_interval};
 use crate::wire::{EndPass, Hello, Kind};
 
 /// Passes after a sync of the file system, before the freeze.
 const SYNCED_PASSES_MAX: u32 = 3;
-/// Further rounds over what is written although writers stand still. (A sync by anybody on the host writes a block
-/// of a frozen ext4, so the first ones are no error.)
-const FROZEN_ROUNDS_MAX: u32 = 2;
 /// The shortest time between two progress events.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// The window of credit a sender asks for.
@@ -84,73 +80,56 @@ pub fn send(
     options: &SendOptions,
     observer: &dyn Observer,
 ) -> Result<SendReport> {
-    let mut sender = Sender::connect(source, quiesce, link, options, observer)?;
-    match sender.phases() {
+    let mut sender = Sender::connect(source, link, options, observer)?;
+    // Declared last, dropped first: after a panic, too, writers go on before all else.
+    let mut standstill = Standstill::new(quiesce);
+    match sender.phases(&mut standstill) {
         Ok(()) => sender.done(),
-        Err(error) => Err(sender.unwind(error)),
+        Err(error) => Err(sender.unwind(standstill, error)),
     }
 }
 
 struct Sender<'a> {
-    source: &'a mut dyn Source,
-    /// Until the freeze; then it is part of `frozen`.
-    quiesce: Option<&'a mut dyn Quiesce>,
-    frozen: Option<Frozen<'a>>,
-    /// From the freeze to the verdict.
-    freeze_limit: Option<FreezeLimit>,
-    options: &'a SendOptions,
-    observer: &'a dyn Observer,
+    course: Course<'a>,
     two_way: bool,
-    exchange: Arc<Exchange>,
     outlet: Option<Outlet>,
     answers: Option<JoinHandle<Answers>>,
-    stop: Cancel,
     reader: Option<Box<dyn Reader>>,
     pool: BufferPool,
     /// Passes ended.
     pass: u32,
     loans: Loans,
-    history: Vec<PassStats>,
-    total: Counts,
-    downtime: Downtime,
-    begun: Instant,
-    freeze_begun: Option<Instant>,
-    gate_closed: Option<Instant>,
     committed: bool,
 }
 
 impl<'a> Sender<'a> {
     fn connect(
         source: &'a mut dyn Source,
-        quiesce: &'a mut dyn Quiesce,
         link: Link,
         options: &'a SendOptions,
         observer: &'a dyn Observer,
     ) -> Result<Self> {
-        let stop = Cancel::new()?;
-        let mut cancels = vec![stop.clone()];
-        cancels.extend(options.cancel.clone());
-        let patience = Patience { stall: options.stall_timeout, cancels, activity: Activity::new() };
         let output = link
             .output
             .ok_or_else(|| Error::new(ErrorKind::Parameter, "a sender needs somewhere to send to"))?;
         let two_way = link.input.is_some();
-        let exchange = Arc::new(Exchange::new(two_way));
+        let course = Course::new(source, options, observer, two_way)?;
+        let patience = course.patience();
         let answers = match link.input {
             None => None,
             Some(input) => {
-                let (exchange, stop) = (Arc::clone(&exchange), stop.clone());
+                let (exchange, stop) = (Arc::clone(&course.exchange), course.stop.clone());
                 let transport = Transport::reader(input, patience.clone())?;
                 Some(pass::spawn("pcopy-answers", move || read_answers(transport, &exchange, &stop))?)
             }
         };
         let keepalive = keepalive_interval(options.stall_timeout);
         let outlet = Transport::writer(output, patience)
-            .and_then(|transport| Outlet::start(transport, &exchange, &stop, keepalive));
+            .and_then(|transport| Outlet::start(transport, &course.exchange, &course.stop, keepalive));
         let outlet = match outlet {
             Ok(outlet) => outlet,
             Err(error) => {
-                stop.cancel();
+                course.stop.cancel();
                 if let Some(answers) = answers {
                     // It has nothing to report that matters more than this error.
                     let _ = answers.join();
@@ -159,56 +138,43 @@ impl<'a> Sender<'a> {
             }
         };
         Ok(Self {
-            source,
-            quiesce: Some(quiesce),
-            frozen: None,
-            freeze_limit: None,
-            options,
-            observer,
+            course,
             two_way,
-            exchange,
             outlet: Some(outlet),
             answers,
-            stop,
             reader: None,
             pool: pass::buffer_pool(),
             pass: 0,
             loans: Loans::default(),
-            history: Vec::new(),
-            total: Counts::default(),
-            downtime: Downtime::default(),
-            begun: Instant::now(),
-            freeze_begun: None,
-            gate_closed: None,
             committed: false,
         })
     }
 
-    fn phases(&mut self) -> Result<()> {
+    fn phases(&mut self, standstill: &mut Standstill<'_>) -> Result<()> {
         self.hello()?;
         self.start_tracking()?;
         self.first_pass()?;
         self.live_passes()?;
-        self.synced_passes()?;
-        self.freeze()?;
-        self.last_passes()?;
+        self.synced_passes(standstill)?;
+        standstill.freeze(&mut self.course)?;
+        standstill.last_passes(self)?;
         self.seal()?;
         self.verdict()?;
         // The source keeps its disk. A hand-over would stay frozen here until the commit is answered.
-        self.thaw()?;
+        standstill.thaw(&mut self.course)?;
         self.commit()
     }
 
     /// Says what is coming. Two-way: until the receiver has a place for it.
     fn hello(&mut self) -> Result<()> {
-        let source = self.source.description();
+        let source = self.course.source.description();
         let hello = Hello {
             two_way: self.two_way,
             cluster_sectors: source.cluster_sectors,
-            disk_bytes: self.source.size_bytes(),
+            disk_bytes: self.course.source.size_bytes(),
             version: source.version,
             image: source.image,
-            copy_id: self.options.copy_id,
+            copy_id: self.course.options.copy_id,
             window_bytes: WINDOW_BYTES,
             payload_bytes_max: u32::try_from(pass::FRAME_BYTES).unwrap_or(crate::wire::PAYLOAD_BYTES_MAX),
             data_bytes: source.data_bytes,
@@ -220,20 +186,16 @@ impl<'a> Sender<'a> {
         })?;
         self.control(Kind::Hello, hello.encode())?;
         if self.two_way {
-            self.exchange.wait_window()?;
+            self.course.exchange.wait_window()?;
         }
-        self.observer.event(&Event::Started {
-            copy_id: hexadecimal(&self.options.copy_id),
-            disk_bytes: hello.disk_bytes,
-            two_way: self.two_way,
-        });
+        self.course.tell_started(self.two_way);
         Ok(())
     }
 
     /// Before the first byte is read (T6).
     fn start_tracking(&mut self) -> Result<()> {
-        self.source.start_tracking()?;
-        self.reader = Some(self.source.reader()?);
+        self.course.source.start_tracking()?;
+        self.reader = Some(self.course.source.reader()?);
         Ok(())
     }
 
@@ -243,133 +205,39 @@ impl<'a> Sender<'a> {
 
     /// What changed meanwhile, again and again, until the policy says that a freeze is short, or hopeless.
     fn live_passes(&mut self) -> Result<()> {
-        while self.decide()? == Decision::NextPass {
+        while self.course.next_pass_helps()? {
             self.sweep(PassKind::Live, true, false)?;
         }
         Ok(())
     }
 
-    fn decide(&mut self) -> Result<Decision> {
-        if let Some(last) = self.history.last_mut() {
-            // Since the pass ended, time has gone by.
-            last.dirty_bytes = self.source.dirty_bytes();
-        }
-        let decision = converge::decide(&self.history, &self.options.convergence);
-        let predicted_freeze_ms = self.predicted_freeze_ms();
-        self.observer.event(&Event::Decided { decision: decision.name(), predicted_freeze_ms });
-        match decision {
-            Decision::GiveUp(reason) => Err(self.too_long(predicted_freeze_ms, &reason.to_string())),
-            _ => Ok(decision),
-        }
-    }
-
-    fn too_long(&self, predicted_freeze_ms: u64, reason: &str) -> Error {
-        let limit = self.options.convergence.freeze_ms_max.unwrap_or(u64::MAX);
-        Error::new(
-            ErrorKind::NotQuiet,
-            format!("the freeze would last {predicted_freeze_ms} ms and may last {limit} ms: {reason}"),
-        )
-        .advise("allow a longer freeze, or copy when less is written")
-    }
-
-    fn predicted_freeze_ms(&self) -> u64 {
-        converge::predict_freeze_ms(&self.history, self.source.dirty_bytes())
-    }
-
     /// Lets the file system write what it still holds, the gate open, so that the freeze finds little.
-    fn synced_passes(&mut self) -> Result<()> {
+    fn synced_passes(&mut self, standstill: &mut Standstill<'_>) -> Result<()> {
         for _ in 0..SYNCED_PASSES_MAX {
-            let mounted = self.quiesce.as_mut().map_or(Ok(false), |quiesce| quiesce.sync_file_system())?;
-            if self.source.dirty_bytes() > 0 {
+            let mounted = standstill.sync_file_system()?;
+            if self.course.source.dirty_bytes() > 0 {
                 self.sweep(PassKind::Synced, true, false)?;
             }
-            if !mounted || self.predicted_freeze_ms() <= self.options.convergence.freeze_ms_wanted {
+            if !mounted
+                || self.course.predicted_freeze_ms() <= self.course.options.convergence.freeze_ms_wanted
+            {
                 break;
             }
-        }
-        Ok(())
-    }
-
-    /// The operator's command, then the file systems. From its first step on, `thaw` is due.
-    fn freeze(&mut self) -> Result<()> {
-        self.check()?;
-        self.observer.event(&Event::Freezing);
-        let begun = Instant::now();
-        self.freeze_begun = Some(begun);
-        let Some(quiesce) = self.quiesce.take() else { return Ok(()) };
-        let frozen = self.frozen.insert(Frozen::begin(quiesce));
-        frozen.run_hook()?;
-        self.downtime.hook_ms = milliseconds(begun.elapsed());
-        let hooked = Instant::now();
-        frozen.freeze_file_system()?;
-        self.downtime.file_system_ms = milliseconds(hooked.elapsed());
-        self.observer.event(&Event::Frozen {
-            hook_ms: self.downtime.hook_ms,
-            file_system_ms: self.downtime.file_system_ms,
-        });
-        let predicted = self.predicted_freeze_ms();
-        match self.options.convergence.freeze_ms_max {
-            Some(limit) if predicted > limit => {
-                Err(self.too_long(predicted, "too much was written while it was frozen"))
-            }
-            _ => {
-                let allowed = self.freeze_allowed(predicted);
-                self.freeze_limit = Some(FreezeLimit::start(allowed, &self.exchange, &self.stop)?);
-                Ok(())
-            }
-        }
-    }
-
-    /// How long the frozen disk may wait for the receiver: what was foreseen, and a time for what was not.
-    fn freeze_allowed(&self, predicted_freeze_ms: u64) -> Duration {
-        let foreseen = Duration::from_millis(predicted_freeze_ms);
-        let accepted = Duration::from_millis(self.options.convergence.freeze_ms_max.unwrap_or(0));
-        foreseen.saturating_add(self.options.freeze_stall_timeout).max(accepted)
-    }
-
-    /// The rest, with the gate still open, as long as it keeps coming; then the gate, and the last harvest (T4).
-    fn last_passes(&mut self) -> Result<()> {
-        let begun = Instant::now();
-        let sent = self.total.wire_bytes;
-        for round in 0.. {
-            if self.source.dirty_bytes() == 0 {
-                break;
-            }
-            if round > FROZEN_ROUNDS_MAX {
-                return Err(Error::new(
-                    ErrorKind::NotQuiet,
-                    format!("the disk is still written to after the freeze ({round} rounds)"),
-                )
-                .at_path(self.source.description().name)
-                .advise("give a freeze command (-F) that stops what writes, or mount the disk so that its file system can be frozen"));
-            }
-            self.sweep(PassKind::Frozen, false, false)?;
-        }
-        let gate = self.source.close_gate(self.options.gate_timeout)?;
-        self.gate_closed = Some(Instant::now());
-        if let Some(frozen) = &mut self.frozen {
-            frozen.hold(gate);
-        }
-        self.sweep(PassKind::Frozen, false, true)?;
-        self.downtime.last_pass_ms = milliseconds(begun.elapsed());
-        self.downtime.bytes = self.total.wire_bytes - sent;
-        if self.source.dirty_bytes() > 0 {
-            return Err(Error::new(ErrorKind::NotQuiet, "the disk was written to with its gate closed"));
         }
         Ok(())
     }
 
     /// The transcript of all that was sent. One-way: until the pipe has taken it.
     fn seal(&mut self) -> Result<()> {
-        let disk_bytes = self.source.size_bytes();
+        let disk_bytes = self.course.source.size_bytes();
         let sealing = Instant::now();
         let outlet = self.outlet()?;
         outlet.seal(disk_bytes)?;
         if !self.two_way {
             outlet.barrier()?;
         }
-        self.downtime.seal_ms = milliseconds(sealing.elapsed());
-        self.observer.event(&Event::Sealed { data_bytes: self.total.data_bytes, frames: self.total.frames });
+        self.course.downtime.seal_ms = milliseconds(sealing.elapsed());
+        self.course.tell_sealed();
         Ok(())
     }
 
@@ -377,9 +245,9 @@ impl<'a> Sender<'a> {
     fn verdict(&mut self) -> Result<()> {
         let waiting = Instant::now();
         if self.two_way {
-            self.exchange.wait_durable(self.pass)?;
-            let theirs = self.exchange.wait_verdict()?;
-            if theirs != self.exchange.wait_transcript()? {
+            self.course.exchange.wait_durable(self.pass)?;
+            let theirs = self.course.exchange.wait_verdict()?;
+            if theirs != self.course.exchange.wait_transcript()? {
                 return Err(Error::new(
                     ErrorKind::Protocol,
                     "the receiver's transcript differs from what was sent",
@@ -387,34 +255,12 @@ impl<'a> Sender<'a> {
                 .advise("the connection changes data: use another, and start the copy again"));
             }
             self.loans.acknowledge(self.pass);
-            self.observer.event(&Event::Verified);
+            self.course.tell(&Event::Verified);
         } else {
             self.loans.acknowledge(u32::MAX);
         }
-        self.downtime.seal_ms += milliseconds(waiting.elapsed());
-        if !self.source.is_clean() {
-            return Err(Error::new(ErrorKind::NotQuiet, "something of the disk was left unsent"));
-        }
-        Ok(())
-    }
-
-    /// Writers go on.
-    fn thaw(&mut self) -> Result<()> {
-        self.freeze_limit = None;
-        let thawed = self.frozen.as_mut().map_or(Ok(()), |frozen| {
-            let thawed = frozen.thaw();
-            if let Some(closed) = self.gate_closed {
-                self.downtime.gate_ms = milliseconds(closed.elapsed());
-            }
-            thawed
-        });
-        thawed?;
-        self.frozen = None;
-        if let Some(begun) = self.freeze_begun {
-            self.downtime.total_ms = milliseconds(begun.elapsed());
-        }
-        self.observer.event(&Event::Thawed(self.downtime));
-        Ok(())
+        self.course.downtime.seal_ms += milliseconds(waiting.elapsed());
+        self.course.check_clean()
     }
 
     /// Two-way: the copy gets its name.
@@ -422,20 +268,21 @@ impl<'a> Sender<'a> {
         if !self.two_way {
             return Ok(());
         }
-        self.check()?;
-        self.exchange.tell_commit();
+        self.course.check()?;
+        self.course.exchange.tell_commit();
         // The point of no return: once this frame may have left, only the receiver knows whether there is a copy, and
         // a failure to hear from it is no failure of the copy. A hand-over would put its token into this frame, with
         // the source's record durably released before, and nothing after this line might let the source go on.
-        let answered = self.control(Kind::Commit, Vec::new()).and_then(|()| self.exchange.wait_committed());
+        let answered =
+            self.control(Kind::Commit, Vec::new()).and_then(|()| self.course.exchange.wait_committed());
         match answered {
             Ok(()) => {
                 self.committed = true;
-                self.observer.event(&Event::Committed);
+                self.course.tell(&Event::Committed);
                 Ok(())
             }
             // The receiver itself has said that there is no copy.
-            Err(error) if self.exchange.peer_has_aborted() => Err(error),
+            Err(error) if self.course.exchange.peer_has_aborted() => Err(error),
             Err(error) => Err(Error::new(
                 ErrorKind::OutcomeUnknown,
                 "the receiver did not say whether it put the copy in place",
@@ -446,7 +293,7 @@ impl<'a> Sender<'a> {
     }
 
     fn done(mut self) -> Result<SendReport> {
-        self.source.stop_tracking();
+        self.course.source.stop_tracking();
         if let Some(outlet) = self.outlet.take() {
             let closed = outlet.close();
             // Once the receiver has committed, nothing that follows can make that undone.
@@ -455,37 +302,22 @@ impl<'a> Sender<'a> {
             }
         }
         self.join_answers();
-        Ok(SendReport {
-            copy_id: hexadecimal(&self.options.copy_id),
-            disk_bytes: self.source.size_bytes(),
-            committed: self.committed,
-            wire_bytes: self.total.wire_bytes,
-            data_bytes: self.total.data_bytes,
-            transcript: hexadecimal(&self.exchange.wait_transcript()?),
-            passes: std::mem::take(&mut self.history),
-            downtime: self.downtime,
-            seconds: self.begun.elapsed().as_secs_f64(),
-        })
+        let transcript = hexadecimal(&self.course.exchange.wait_transcript()?);
+        Ok(self.course.report(self.committed, transcript))
     }
 
     /// The one way out of a failure. Nothing here waits for the peer before the writers go on.
-    fn unwind(mut self, error: Error) -> Error {
-        let thawed = self.frozen.take().map_or(Ok(()), |mut frozen| frozen.thaw());
-        self.freeze_limit = None;
+    fn unwind(mut self, standstill: Standstill<'_>, error: Error) -> Error {
+        let abort = abort_payload(&error);
+        let error = standstill.release(error);
         self.loans.give_back();
-        self.source.stop_tracking();
+        self.course.source.stop_tracking();
         if let Some(outlet) = self.outlet.take() {
-            outlet.abort(abort_payload(&error));
+            outlet.abort(abort);
         }
-        self.stop.cancel();
+        self.course.stop.cancel();
         self.join_answers();
-        match thawed {
-            Ok(()) => error,
-            // Worse than the failed copy: the guest stands still.
-            Err(frozen) => Error::new(frozen.kind(), format!("the copy failed ({error}) and then: {frozen}"))
-                .advise(frozen.advice().unwrap_or("thaw the file system by hand: fsfreeze -u").to_owned())
-                .caused_by(frozen),
-        }
+        error
     }
 
     fn join_answers(&mut self) {
@@ -501,24 +333,17 @@ impl<'a> Sender<'a> {
         let begun = Instant::now();
         let mut sweep = Counts::default();
         let mut cursor = 0;
-        let expected_bytes = match kind {
-            PassKind::First => match self.source.description().data_bytes {
-                0 => self.source.size_bytes(),
-                known => known,
-            },
-            _ => self.source.dirty_bytes(),
-        };
-        self.observer.event(&Event::PassStarted { pass: self.pass + 1, kind: Some(kind), expected_bytes });
+        let expected_bytes = self.course.begin_pass(self.pass + 1, kind);
         loop {
             let (counts, walk) = self.part(kind, cursor, sweep, begun, expected_bytes)?;
             sweep.merge(counts);
-            self.total.merge(counts);
+            self.course.total.merge(counts);
             cursor = walk.cursor();
             let is_whole = !walk.is_full();
             let durable = settle || last || !is_whole;
             let end = EndPass { pass: self.pass + 1, durable, last: last && is_whole };
             self.pass = end.pass;
-            self.exchange.tell_pass(end.pass);
+            self.course.exchange.tell_pass(end.pass);
             self.loans.push(end.pass, walk.into_loans());
             self.control(Kind::EndPass, end.encode())?;
             if is_whole {
@@ -529,27 +354,15 @@ impl<'a> Sender<'a> {
         let sent = Instant::now();
         if settle {
             if self.two_way {
-                self.exchange.wait_durable(self.pass)?;
-                self.loans.acknowledge(self.exchange.durable_pass());
+                self.course.exchange.wait_durable(self.pass)?;
+                self.loans.acknowledge(self.course.exchange.durable_pass());
             } else {
                 self.outlet()?.barrier()?;
                 // Nobody will answer, and a failure ends the tracker: there is nobody to give them back to.
                 self.loans.acknowledge(u32::MAX);
             }
         }
-        let stats = PassStats {
-            pass: self.pass,
-            kind,
-            data_bytes: sweep.data_bytes,
-            zero_bytes: sweep.zero_bytes,
-            wire_bytes: sweep.wire_bytes,
-            frames: sweep.frames,
-            seconds: begun.elapsed().as_secs_f64(),
-            settle_seconds: sent.elapsed().as_secs_f64(),
-            dirty_bytes: self.source.dirty_bytes(),
-        };
-        self.observer.event(&Event::PassEnded(stats));
-        self.history.push(stats);
+        self.course.end_pass(self.pass, kind, sweep, begun, sent.elapsed());
         Ok(())
     }
 
@@ -561,16 +374,22 @@ impl<'a> Sender<'a> {
         begun: Instant,
         expected_bytes: u64,
     ) -> Result<(Counts, Walk)> {
-        self.check()?;
+        self.course.check()?;
         let mut walk = if kind == PassKind::First { Walk::first() } else { Walk::dirty(cursor) };
         let (Some(outlet), Some(reader)) = (&self.outlet, &mut self.reader) else {
-            return Err(self.exchange.failure());
+            return Err(self.course.exchange.failure());
         };
-        let (observer, cancel, history) = (self.observer, &self.options.cancel, &self.history);
+        let (observer, cancel, history) =
+            (self.course.observer, &self.course.options.cancel, &self.course.history);
         let pass = self.pass + 1;
         let mut next_event = Instant::now() + PROGRESS_INTERVAL;
-        let mut reading =
-            PassReader::new(&mut *self.source, &mut **reader, outlet, &self.pool, kind == PassKind::First);
+        let mut reading = PassReader::new(
+            &mut *self.course.source,
+            &mut **reader,
+            outlet,
+            &self.pool,
+            kind == PassKind::First,
+        );
         reading.run(&mut walk, |counts, _done, source| {
             cancel.as_ref().map_or(Ok(()), Cancel::check)?;
             if Instant::now() >= next_event {
@@ -598,9 +417,9 @@ impl<'a> Sender<'a> {
     fn bound_loans(&mut self) -> Result<()> {
         if self.two_way {
             if let Some(pass) = self.loans.last_but_one() {
-                self.exchange.wait_durable(pass)?;
+                self.course.exchange.wait_durable(pass)?;
             }
-            self.loans.acknowledge(self.exchange.durable_pass());
+            self.loans.acknowledge(self.course.exchange.durable_pass());
         } else {
             self.loans.acknowledge(u32::MAX);
         }
@@ -614,9 +433,14 @@ impl<'a> Sender<'a> {
     fn control(&self, kind: Kind, payload: Vec<u8>) -> Result<()> {
         self.outlet()?.control(kind, payload)
     }
+}
 
-    fn check(&self) -> Result<()> {
-        self.options.cancel.as_ref().map_or(Ok(()), Cancel::check)?;
-        self.exchange.check()
+impl<'a> Sweeper<'a> for Sender<'a> {
+    fn course(&mut self) -> &mut Course<'a> {
+        &mut self.course
+    }
+
+    fn sweep_frozen(&mut self, last: bool) -> Result<()> {
+        self.sweep(PassKind::Frozen, false, last)
     }
 }

@@ -1,6 +1,6 @@
 //! Trouble on the line: cuts, flipped bits, lost and doubled bytes, silence, at every frame boundary and anywhere, in
 //! both directions. After each: the right kinds of failure, nothing under the final name unless it is whole, writers
-//! running, and the next attempt succeeds.
+//! running, and the next attempt succeeds. Half of the trials copy disks in memory, half image files to image files.
 //!
 //! `PLOOP_CHAOS_TRIALS` sets the number of random trials, `PLOOP_CHAOS_SEED` the first seed.
 #![allow(
@@ -13,11 +13,20 @@
 
 mod support;
 
+use std::cell::Cell;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use pcopy::Link;
 use pcopy::memory::{MemoryDestination, MemoryDisk, Outcome};
+use pcopy::source::DiskSource;
+use pcopy::target::{ImageDestination, ImageOptions};
+use pcopy::wire::ImageKind;
+use pcopy::{Destination, Link, Source};
 use ploop_core::ErrorKind;
+use ploop_core::format::DESCRIPTOR_NAME;
+use ploop_core::io::Access;
+use ploop_core::ops::create::{CreateOptions, create};
+use ploop_core::units::Sectors;
 use support::*;
 
 const STALL: Duration = Duration::from_millis(400);
@@ -25,6 +34,8 @@ const LEN: usize = 1 << 20;
 
 struct Trial {
     seed: u64,
+    /// Image files at both ends, else memory.
+    files: bool,
     two_way: bool,
     socket: bool,
     /// Trouble in the stream, and in the answers.
@@ -41,18 +52,143 @@ struct Outcomes {
 
 fn run(trial: &Trial) -> Outcomes {
     let what = format!(
-        "seed {} two-way {} socket {} stream {:?} answers {:?}",
-        trial.seed, trial.two_way, trial.socket, trial.stream, trial.answers
+        "seed {} files {} two-way {} socket {} stream {:?} answers {:?}",
+        trial.seed, trial.files, trial.two_way, trial.socket, trial.stream, trial.answers
     );
     within(Duration::from_secs(60), &what, || run_unwatched(trial, &what))
 }
 
+/// A source and where copies of it go.
+trait Place {
+    type Disk: Writable;
+    type Source: Source;
+    type Target: Destination + Send;
+    fn disk(&self) -> Self::Disk;
+    fn source(&self) -> Self::Source;
+    /// A new one, where nothing has arrived yet.
+    fn target(&self) -> Self::Target;
+    /// What the last target has under its final name. Nothing else may be left of it.
+    fn arrived(&self, target: &Self::Target) -> Option<Vec<u8>>;
+    /// That nothing is held or tracked any more.
+    fn check_source(&self, messages: &str);
+}
+
+struct Memory(MemoryDisk);
+
+impl Place for Memory {
+    type Disk = MemoryDisk;
+    type Source = MemoryDisk;
+    type Target = MemoryDestination;
+
+    fn disk(&self) -> MemoryDisk {
+        self.0.clone()
+    }
+    fn source(&self) -> MemoryDisk {
+        self.0.clone()
+    }
+    fn target(&self) -> MemoryDestination {
+        MemoryDestination::new()
+    }
+    fn arrived(&self, target: &MemoryDestination) -> Option<Vec<u8>> {
+        assert_ne!(target.outcome(), Outcome::Incoming);
+        (target.outcome() == Outcome::Committed).then(|| target.content())
+    }
+    fn check_source(&self, messages: &str) {
+        let (closed, opened) = self.0.gate_moves();
+        assert_eq!(closed, opened, "{messages}");
+        assert!(!self.0.is_tracked(), "{messages}");
+    }
+}
+
+/// Images of different formats, with descriptors.
+struct Files {
+    folder: referee::JudgedFolder,
+    served: Served,
+    targets: Cell<u32>,
+    seed: u64,
+}
+
+impl Files {
+    fn new(seed: u64) -> Self {
+        let folder = referee::folder();
+        let from = folder.path().join("from");
+        std::fs::create_dir(&from).unwrap();
+        let mut options = CreateOptions::new(&from, "root.hds", Sectors(LEN as u64 / 512));
+        options.cluster = Sectors([64, 128, 256][seed as usize % 3]);
+        create(&options).unwrap();
+        let served = Served::open(&from, None, Access::ReadWrite);
+        for (index, chunk) in content(seed, LEN).chunks(64 << 10).enumerate() {
+            if chunk.iter().any(|byte| *byte != 0) {
+                served.write(index as u64 * (64 << 10), chunk);
+            }
+        }
+        Self { folder, served, targets: Cell::new(0), seed }
+    }
+
+    fn target_folder(&self) -> PathBuf {
+        self.folder.path().join(format!("to-{}", self.targets.get()))
+    }
+}
+
+impl Place for Files {
+    type Disk = Served;
+    type Source = DiskSource;
+    type Target = ImageDestination;
+
+    fn disk(&self) -> Served {
+        self.served.clone()
+    }
+    fn source(&self) -> DiskSource {
+        DiskSource::new(&self.served.disk).unwrap()
+    }
+    fn target(&self) -> ImageDestination {
+        self.targets.update(|number| number + 1);
+        let folder = self.target_folder();
+        std::fs::create_dir(&folder).unwrap();
+        let image = [None, Some(ImageKind::Expanded), Some(ImageKind::Raw)][self.seed as usize / 3 % 3];
+        let options = ImageOptions { image, ..ImageOptions::default() };
+        ImageDestination::new(&folder.join("copy.hds"), options).unwrap()
+    }
+    fn arrived(&self, _target: &ImageDestination) -> Option<Vec<u8>> {
+        let folder = self.target_folder();
+        let mut names: Vec<_> =
+            std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        if names.is_empty() {
+            return None;
+        }
+        assert_eq!(names, [DESCRIPTOR_NAME, "copy.hds"], "half a copy");
+        let copy = Served::open(&folder, None, Access::ReadOnly);
+        let content = copy.content();
+        copy.close();
+        Some(content)
+    }
+    fn check_source(&self, messages: &str) {
+        let frozen = self.served.disk.freeze(Duration::from_secs(5));
+        assert!(frozen.is_ok(), "{messages}: the gate is still closed");
+    }
+}
+
 fn run_unwatched(trial: &Trial, what: &str) -> Outcomes {
+    if trial.files {
+        let files = Files::new(trial.seed);
+        let outcomes = run_at(&files, trial, what);
+        let Files { folder, served, .. } = files;
+        served.close();
+        drop(folder);
+        outcomes
+    } else {
+        run_at(&Memory(MemoryDisk::new(content(trial.seed, LEN))), trial, what)
+    }
+}
+
+fn run_at<P: Place>(place: &P, trial: &Trial, what: &str) -> Outcomes {
     let mut random = Random(trial.seed);
-    let mut disk = MemoryDisk::new(content(trial.seed, LEN));
+    let disk = place.disk();
+    let mut source = place.source();
     let writer = Writer::start(&disk, LEN as u64, trial.seed, Duration::from_micros(500));
     let mut quiesce = TestQuiesce::new(&disk, Some(&writer));
-    let mut destination = MemoryDestination::new();
+    let mut destination = place.target();
     let near = ends(trial.two_way, trial.socket);
     let far = ends(trial.two_way, trial.socket);
     // near: sender to proxy; far: proxy to receiver.
@@ -71,22 +207,19 @@ fn run_unwatched(trial: &Trial, what: &str) -> Outcomes {
         sender: near.sender,
         receiver: Link { input: far.receiver.input, output: far.receiver.output },
     };
-    let both = copy(&mut disk, &mut quiesce, &mut destination, ends, &send_options(STALL));
+    let both = copy(&mut source, &mut quiesce, &mut destination, ends, &send_options(STALL));
     let (sent, received) = (both.sent.as_ref().err(), both.received.as_ref().err());
     let messages = format!("{what}: sender {sent:?}, receiver {received:?}");
     let (sent, received) = (sent.map(|error| error.kind()), received.map(|error| error.kind()));
 
     // Whatever happened: writers run, nothing is tracked, nothing half-done has the final name.
     assert_eq!(quiesce.freezes, quiesce.thaws, "{messages}");
-    let (closed, opened) = disk.gate_moves();
-    assert_eq!(closed, opened, "{messages}");
-    assert!(!disk.is_tracked(), "{messages}");
+    place.check_source(&messages);
     assert!(writer.is_alive(), "{messages}");
-    let exists = destination.outcome() == Outcome::Committed;
-    assert_eq!(exists, received.is_none(), "{messages}");
-    assert_ne!(destination.outcome(), Outcome::Incoming, "{messages}");
-    if exists {
-        assert!(destination.content() == quiesce.snapshot.take().unwrap(), "{messages}");
+    let arrived = place.arrived(&destination);
+    assert_eq!(arrived.is_some(), received.is_none(), "{messages}");
+    if let Some(arrived) = arrived {
+        assert!(arrived == quiesce.snapshot.take().unwrap(), "{messages}");
         // Two-way, a sender that failed knows of no copy, unless it says that it does not know.
         let fits = !trial.two_way || matches!(sent, None | Some(ErrorKind::OutcomeUnknown));
         assert!(fits, "{messages}");
@@ -107,9 +240,9 @@ fn run_unwatched(trial: &Trial, what: &str) -> Outcomes {
 
     // Trying again just works.
     let mut again = TestQuiesce::new(&disk, Some(&writer));
-    let mut fresh = MemoryDestination::new();
+    let mut fresh = place.target();
     let both = copy(
-        &mut disk,
+        &mut source,
         &mut again,
         &mut fresh,
         support::ends(trial.two_way, trial.socket),
@@ -117,7 +250,7 @@ fn run_unwatched(trial: &Trial, what: &str) -> Outcomes {
     );
     both.sent.unwrap();
     both.received.unwrap();
-    assert!(fresh.content() == again.snapshot.take().unwrap(), "{messages}: retry");
+    assert!(place.arrived(&fresh) == again.snapshot.take(), "{messages}: retry");
     drop(writer);
     Outcomes {
         sent,
@@ -128,7 +261,16 @@ fn run_unwatched(trial: &Trial, what: &str) -> Outcomes {
 }
 
 fn trial(seed: u64, two_way: bool) -> Trial {
-    Trial { seed, two_way, socket: seed.is_multiple_of(2), stream: Trouble::None, answers: Trouble::None }
+    // Even seeds are those with sockets.
+    let files = seed % 4 >= 2;
+    Trial {
+        seed,
+        files,
+        two_way,
+        socket: seed.is_multiple_of(2),
+        stream: Trouble::None,
+        answers: Trouble::None,
+    }
 }
 
 #[test]
@@ -217,6 +359,7 @@ fn chaos() {
         let in_answers = two_way && random.below(3) == 0;
         let trial = Trial {
             seed,
+            files: seed % 2 == 0,
             two_way,
             socket: random.below(2) == 0,
             stream: if in_answers { Trouble::None } else { plain(&mut random, LEN as u64 * 4 / 5) },

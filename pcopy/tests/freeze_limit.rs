@@ -13,7 +13,7 @@ use pcopy::memory::{MemoryDestination, MemoryDisk, Outcome};
 use pcopy::source::Reader;
 use pcopy::target::FileTarget;
 use pcopy::wire::Hello;
-use pcopy::{Destination, Event, Link, Quiesce, ReceiveOptions, SendOptions, Target};
+use pcopy::{Destination, Link, Quiesce, ReceiveOptions, SendOptions, Silent, Target, send, send_original};
 use ploop_core::io::IoBuf;
 use ploop_core::{ErrorKind, Extent, Result};
 use support::*;
@@ -133,8 +133,16 @@ enum Hangs {
     Syncing,
 }
 
-fn run(two_way: bool, socket: bool, hangs: Hangs) {
-    let what = format!("two-way {two_way}, socket {socket}, hangs {hangs:?}");
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stream {
+    OneWay,
+    TwoWay,
+    Original,
+}
+
+fn run(stream: Stream, socket: bool, hangs: Hangs) {
+    let what = format!("{stream:?}, socket {socket}, hangs {hangs:?}");
+    let two_way = stream == Stream::TwoWay;
     within(Duration::from_secs(60), &what, || {
         let mut disk = MemoryDisk::new(content(5, LEN));
         let writer = Writer::start(&disk, LEN as u64, 5, Duration::from_micros(500));
@@ -162,9 +170,9 @@ fn run(two_way: bool, socket: bool, hangs: Hangs) {
         let receive_options = ReceiveOptions { stall_timeout: STALL, ..Default::default() };
         let (sent, received) = std::thread::scope(|scope| {
             let hanging = &mut hanging;
-            let receiving =
-                scope.spawn(move || pcopy::receive(receiver, hanging, &receive_options, &pcopy::Silent));
-            let sent = pcopy::send(&mut disk, &mut quiesce, near.sender, &options, &|_: &Event| {});
+            let receiving = scope.spawn(move || pcopy::receive(receiver, hanging, &receive_options, &Silent));
+            let send = if stream == Stream::Original { send_original } else { send };
+            let sent = send(&mut disk, &mut quiesce, near.sender, &options, &Silent);
             assert!(writer.is_alive(), "{what}");
             moment.over.store(true, Ordering::SeqCst);
             (sent, receiving.join().unwrap())
@@ -193,26 +201,33 @@ fn run(two_way: bool, socket: bool, hangs: Hangs) {
 
 #[test]
 fn a_receiver_that_stops_reading_does_not_keep_the_disk_frozen() {
-    for (two_way, socket) in [(false, false), (true, false), (true, true)] {
-        run(two_way, socket, Hangs::Reading);
+    for (stream, socket) in [(Stream::OneWay, false), (Stream::TwoWay, false), (Stream::TwoWay, true)] {
+        run(stream, socket, Hangs::Reading);
+    }
+}
+
+#[test]
+fn neither_does_one_of_the_originals_stream() {
+    for socket in [false, true] {
+        run(Stream::Original, socket, Hangs::Reading);
     }
 }
 
 #[test]
 fn a_receiver_that_stops_answering_does_not_keep_the_disk_frozen() {
     for socket in [false, true] {
-        run(true, socket, Hangs::Answering);
+        run(Stream::TwoWay, socket, Hangs::Answering);
     }
 }
 
 #[test]
 fn a_receiver_whose_disk_hangs_does_not_keep_the_disk_frozen_by_being_alive() {
-    run(true, false, Hangs::Syncing);
+    run(Stream::TwoWay, false, Hangs::Syncing);
 }
 
 #[test]
 fn one_that_does_not_hang_is_not_disturbed() {
-    for two_way in [false, true] {
-        run(two_way, false, Hangs::Never);
+    for stream in [Stream::OneWay, Stream::TwoWay, Stream::Original] {
+        run(stream, false, Hangs::Never);
     }
 }

@@ -10,7 +10,6 @@
 mod support;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pcopy::memory::MemoryDisk;
@@ -18,77 +17,16 @@ use pcopy::source::DiskSource;
 use pcopy::target::{ImageDestination, ImageOptions};
 use pcopy::wire::ImageKind;
 use pcopy::{NothingToQuiesce, Source};
-use ploop_core::device::{Client, Disk, DiskOptions};
+use ploop_core::ErrorKind;
 use ploop_core::format::{DESCRIPTOR_NAME, DiskDescriptor, InUse, Mode, Probe, Version, probe};
+use ploop_core::io::Access;
 use ploop_core::io::file::{DirectoryFolder, FileStorage, OpenOptions as FileOptions};
-use ploop_core::io::{Access, pool};
 use ploop_core::ops::create::{CreateOptions, create};
-use ploop_core::ops::open::{OpenOptions, Which, open};
 use ploop_core::units::Sectors;
-use ploop_core::{ErrorKind, Extent};
 use support::*;
 
 const STALL: Duration = Duration::from_secs(30);
 const LEN: u64 = 24 << 20;
-
-/// A disk with a client that writes to it.
-#[derive(Clone)]
-struct Served {
-    disk: Arc<Disk>,
-    client: Arc<Mutex<Client>>,
-}
-
-impl Served {
-    fn open(path: &Path, raw_cluster: Option<Sectors>, access: Access) -> Self {
-        let options = OpenOptions {
-            which: Which::Path(path.to_path_buf()),
-            raw_cluster,
-            ..OpenOptions::new(path, access)
-        };
-        let read_only = access == Access::ReadOnly;
-        let disk = Disk::open(open(&options).unwrap().chain, DiskOptions { read_only, ..Default::default() })
-            .unwrap();
-        let client = Client::new(&disk, pool::best_io_queue(16).unwrap()).unwrap();
-        Self { disk, client: Arc::new(Mutex::new(client)) }
-    }
-
-    fn close(self) {
-        drop(Arc::into_inner(self.client).unwrap());
-        self.disk.close().unwrap();
-    }
-}
-
-impl Writable for Served {
-    fn write(&self, at: u64, bytes: &[u8]) {
-        self.client.lock().unwrap().write(at, bytes).unwrap();
-    }
-    fn content(&self) -> Vec<u8> {
-        let mut client = Client::new(&self.disk, pool::best_io_queue(16).unwrap()).unwrap();
-        client.read(Extent::between(0, self.disk.size_bytes())).unwrap().as_slice().to_vec()
-    }
-}
-
-fn new_disk(folder: &Path, mode: Mode, cluster: u64, seed: u64) -> Served {
-    std::fs::create_dir_all(folder).unwrap();
-    let mut options = CreateOptions::new(folder, "root.hds", Sectors(LEN / 512));
-    options.cluster = Sectors(cluster);
-    options.mode = mode;
-    create(&options).unwrap();
-    let served = Served::open(folder, None, Access::ReadWrite);
-    for (index, chunk) in content(seed, usize::try_from(LEN / 2).unwrap()).chunks(64 << 10).enumerate() {
-        if chunk.iter().any(|byte| *byte != 0) {
-            served.write(index as u64 * (128 << 10), chunk);
-        }
-    }
-    served
-}
-
-fn content_of(path: &Path, raw_cluster: Option<Sectors>) -> Vec<u8> {
-    let served = Served::open(path, raw_cluster, Access::ReadOnly);
-    let content = served.content();
-    served.close();
-    content
-}
 
 fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(folder)
@@ -107,8 +45,10 @@ fn a_disk_in_use_becomes_an_equal_image_with_a_descriptor() {
         (true, Mode::Raw, 2048, 3),
         (false, Mode::Preallocated, 128, 4),
     ] {
-        let root = tempfile::tempdir().unwrap();
-        let served = new_disk(&root.path().join("from"), mode, cluster, seed);
+        let root = referee::folder();
+        let served = new_disk(&root.path().join("from"), LEN, seed, |options| {
+            (options.cluster, options.mode) = (Sectors(cluster), mode);
+        });
         let to = root.path().join("to");
         std::fs::create_dir(&to).unwrap();
         let mut source = DiskSource::new(&served.disk).unwrap();
@@ -149,7 +89,7 @@ fn format_version_and_cluster_can_be_chosen() {
         (ImageKind::Preallocated, 2, 64),
         (ImageKind::Expanded, 2, 4096),
     ] {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = referee::folder();
         let options =
             ImageOptions { image: Some(image), version: Some(version), cluster_sectors: Some(cluster) };
         let mut destination = ImageDestination::new(&folder.path().join("a.hdd"), options).unwrap();
@@ -182,7 +122,7 @@ fn format_version_and_cluster_can_be_chosen() {
 #[test]
 fn a_sparse_disk_arrives_sparse() {
     use std::os::unix::fs::MetadataExt;
-    let root = tempfile::tempdir().unwrap();
+    let root = referee::folder();
     let from = root.path().join("from");
     std::fs::create_dir(&from).unwrap();
     create(&CreateOptions::new(&from, "root.hds", Sectors((1 << 40) / 512))).unwrap();
@@ -203,7 +143,7 @@ fn a_sparse_disk_arrives_sparse() {
 
 #[test]
 fn what_is_in_the_way_is_refused_before_anything_is_written() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = referee::folder();
     let path = folder.path().join("a.hdd");
     let receive = |path: &Path| {
         let mut source = MemoryDisk::new(content(6, 1 << 20));
@@ -248,7 +188,7 @@ fn what_is_in_the_way_is_refused_before_anything_is_written() {
 
 #[test]
 fn a_failed_copy_leaves_nothing_and_left_overs_of_a_killed_one_are_removed() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = referee::folder();
     let path = folder.path().join("a.hdd");
     let left_over = folder.path().join(format!("a.hdd.incoming-{}", "0a".repeat(16)));
     let foreign = folder.path().join("a.hdd.incoming-notes");
@@ -304,7 +244,7 @@ fn a_copy_that_cannot_fit_is_refused_at_once() {
             self.0.close_gate(timeout)
         }
     }
-    let folder = tempfile::tempdir().unwrap();
+    let folder = referee::folder();
     let mut source = Huge(MemoryDisk::new(vec![0; 512]));
     let mut destination = ImageDestination::new(&folder.path().join("a"), ImageOptions::default()).unwrap();
     let both =
@@ -329,7 +269,7 @@ fn the_originals_stream_becomes_the_image_it_was_made_from() {
         output.stdout
     };
     let stream = unpack(&["zstd", "-dcq", stream.to_str().unwrap()]);
-    let root = tempfile::tempdir().unwrap();
+    let root = referee::folder();
     let archive = shared.join("v2-32k.tar.zst");
     let tar = unpack(&["zstd", "-dcq", archive.to_str().unwrap()]);
     std::fs::write(root.path().join("a.tar"), tar).unwrap();

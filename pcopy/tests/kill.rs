@@ -108,7 +108,7 @@ fn two_way(from: &Path, to: &Path) -> Process {
 
 #[test]
 fn processes_copy_an_image() {
-    let root = tempfile::tempdir().unwrap();
+    let root = referee::folder();
     let from = source(root.path());
     let expected = disk_content(&from);
     for name in ["one", "two"] {
@@ -131,7 +131,7 @@ fn processes_copy_an_image() {
 
 #[test]
 fn wrong_use_has_a_code_and_a_message() {
-    let root = tempfile::tempdir().unwrap();
+    let root = referee::folder();
     let missing = root.path().join("missing");
     let code = |arguments: &[&str], code: i32, word: &str| {
         let mut process = Process::start(arguments, Stdio::null(), Stdio::null());
@@ -149,7 +149,7 @@ fn wrong_use_has_a_code_and_a_message() {
 
 #[test]
 fn a_killed_side_leaves_nothing_behind() {
-    let root = tempfile::tempdir().unwrap();
+    let root = referee::folder();
     let from = source(root.path());
     let image = std::fs::read(from.join("root.hds")).unwrap();
     let expected = disk_content(&from);
@@ -203,7 +203,7 @@ fn a_killed_side_leaves_nothing_behind() {
 
 #[test]
 fn a_killed_side_of_a_two_way_copy_is_noticed() {
-    let root = tempfile::tempdir().unwrap();
+    let root = referee::folder();
     let from = source(root.path());
     let expected = disk_content(&from);
     let mut random = Random(12);
@@ -264,7 +264,7 @@ fn guardian(parts: &[&str]) -> Process {
 
 #[test]
 fn the_guardian_runs_the_thaw_command_only_when_the_copy_died_frozen() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = referee::folder();
     for (words, expected) in [(&b""[..], false), (b"f", true), (b"fd", false), (b"fdf", true)] {
         let mark = folder.path().join("thawed");
         let _ = std::fs::remove_file(&mark);
@@ -285,7 +285,7 @@ fn the_guardian_runs_the_thaw_command_only_when_the_copy_died_frozen() {
 fn the_guardian_ends_a_freeze_command_whose_copy_died_and_no_other() {
     use std::os::unix::process::CommandExt;
     for (is_told_of_its_end, obeys) in [(false, true), (false, false), (true, true)] {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = referee::folder();
         let mark = folder.path().join("thawed");
         let mut process = guardian(&["5000", &format!("touch {}", mark.display())]);
         // With a child of its own, which would live on if only the shell was killed.
@@ -364,7 +364,7 @@ impl Drop for Mounted {
 fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
     use pcopy::{LocalQuiesce, Quiesce, QuiesceOptions};
     use std::os::fd::AsFd;
-    let root = tempfile::tempdir().unwrap();
+    let root = referee::folder();
     let mounted = match Mounted::new(root.path()) {
         Ok(mounted) => mounted,
         Err(reason) => {

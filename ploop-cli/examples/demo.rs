@@ -10,6 +10,8 @@
     reason = "shared with the tests: a failure ends it"
 )]
 
+#[path = "../../ploop-core/tests/referee/mod.rs"]
+mod referee;
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
 #[path = "../tests/cli/stage.rs"]
 mod stage;
@@ -99,7 +101,8 @@ fn demonstrate() -> Result<()> {
     }
     let root = std::env::var_os("PLOOP_DEMO_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
     fs::create_dir_all(&root)?;
-    let stage = Stage::new(&ploop()?, tempfile::Builder::new().prefix("ploop-demo-").tempdir_in(root)?)?;
+    let folder = tempfile::Builder::new().prefix("ploop-demo-").tempdir_in(root)?;
+    let stage = Stage::new(&ploop()?, folder.into())?;
 
     say("1. A disk of 1 GiB in one image file, ext4 inside, mounted:");
     let image = stage.init("source", &["-s", DISK, "-t", "ext4", "-n"]);

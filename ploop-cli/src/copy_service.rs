@@ -13,26 +13,27 @@
 //! may wait for the mounted file system (its sync, its freeze) is done by the command, in the operator's environment:
 //! a server that waited for a file system that waits for the server could not even be killed.
 //!
-//! The leash is a pipe that only the command holds the other end of. When the command dies or cancels, the leash
-//! closes, the copy unwinds, and the gate opens; the command's guardian thaws the file system.
+//! When the command dies or cancels, the [leash](crate::leash) is cut, the copy unwinds, and the gate opens; the command's
+//! guardian thaws the file system.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pcopy::freeze::Quiesce;
 use pcopy::source::DiskSource;
 use pcopy::stats::{Event, SendReport};
 use pcopy::transport::{Cancel, Link};
-use pcopy::{SendOptions, send};
+use pcopy::{Observer, SendOptions, Source, send, send_original};
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
 use ploop_core::device::runtime::Failure;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::job_service::Turns;
+use crate::leash;
 
 /// The verb of the control socket.
 pub(crate) const VERB: &str = "copy";
@@ -58,11 +59,28 @@ pub(crate) struct Wishes {
     /// How much longer than predicted the disk may stay frozen.
     #[serde(default)]
     pub(crate) freeze_stall_timeout_s: Option<u64>,
+    /// The stream is the original's.
+    #[serde(default)]
+    pub(crate) is_original: bool,
 }
 
 impl Wishes {
+    /// Sends as it is wanted.
+    pub(crate) fn send(
+        &self,
+        source: &mut dyn Source,
+        quiesce: &mut dyn Quiesce,
+        link: Link,
+        cancel: Cancel,
+        observer: &dyn Observer,
+    ) -> Result<SendReport> {
+        let options = self.send_options(cancel);
+        let send = if self.is_original { send_original } else { send };
+        send(source, quiesce, link, &options, observer)
+    }
+
     /// The options of the sender.
-    pub(crate) fn send_options(&self, cancel: Cancel) -> SendOptions {
+    fn send_options(&self, cancel: Cancel) -> SendOptions {
         let mut options = SendOptions { cancel: Some(cancel), ..SendOptions::default() };
         options.convergence.freeze_ms_max = self.freeze_ms_max;
         if let Some(passes) = self.passes_max {
@@ -116,15 +134,15 @@ impl Ask {
 }
 
 /// Writers are stopped by the command at the other end of the connection.
-struct RemoteQuiesce<'a> {
-    connection: &'a Connection,
+pub(crate) struct RemoteQuiesce<'a> {
+    pub(crate) connection: &'a Connection,
 }
 
 impl RemoteQuiesce<'_> {
     fn ask(&self, ask: Ask) -> Result<bool> {
         self.connection.send(&ask, &[])?;
         let Some(message) = self.connection.receive(None)? else {
-            return Err(Error::new(ErrorKind::Cancelled, "the command that asked for the copy is gone"));
+            return Err(Error::new(ErrorKind::Cancelled, "the command that asked for it is gone"));
         };
         match serde_json::from_value(message.body) {
             Ok(Reply::Done(done)) => Ok(done),
@@ -159,22 +177,13 @@ impl Quiesce for RemoteQuiesce<'_> {
 /// The copies of one served disk: one at a time.
 pub(crate) struct CopyService {
     disk: Arc<Disk>,
-    is_running: AtomicBool,
-}
-
-/// The place of the one copy; given back on drop.
-struct Turn<'a>(&'a AtomicBool);
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        self.0.store(false, Ordering::SeqCst);
-    }
+    turns: Arc<Turns>,
 }
 
 impl CopyService {
-    /// Copies of `disk`.
-    pub(crate) fn new(disk: Arc<Disk>) -> Self {
-        Self { disk, is_running: AtomicBool::new(false) }
+    /// Copies of `disk`; `turns` says what else may run.
+    pub(crate) fn new(disk: Arc<Disk>, turns: Arc<Turns>) -> Self {
+        Self { disk, turns }
     }
 
     /// Serves one request, to its end.
@@ -192,13 +201,9 @@ impl CopyService {
         let (Some(output), Some(leash), None) = (output, descriptors.next(), descriptors.next()) else {
             return Err(Error::new(ErrorKind::Parameter, "a copy came with other descriptors than it needs"));
         };
-        if self.is_running.swap(true, Ordering::SeqCst) {
-            return Err(Error::new(ErrorKind::Busy, "another copy of this disk is running")
-                .advise("wait for its end, or end it; this one has changed nothing"));
-        }
-        let _turn = Turn(&self.is_running);
         let cancel = Cancel::new()?;
-        watch(leash, cancel.clone())?;
+        let _turn = self.turns.copy(&cancel)?;
+        leash::watch(leash, cancel.clone())?;
         let observer = |event: &Event| {
             if connection.send(event, &[]).is_err() {
                 cancel.cancel();
@@ -206,8 +211,8 @@ impl CopyService {
         };
         let mut source = DiskSource::new(&self.disk)?;
         let link = Link { input, output: Some(output) };
-        let options = request.wishes.send_options(cancel.clone());
-        let report = send(&mut source, &mut RemoteQuiesce { connection }, link, &options, &observer)?;
+        let mut quiesce = RemoteQuiesce { connection };
+        let report = request.wishes.send(&mut source, &mut quiesce, link, cancel.clone(), &observer)?;
         to_value(&report)
     }
 }
@@ -216,31 +221,6 @@ impl CopyService {
 pub(crate) fn to_value(report: &SendReport) -> Result<Value> {
     serde_json::to_value(report)
         .map_err(|cause| Error::io(ErrorKind::System, "write the figures of the copy", cause.into()))
-}
-
-/// Cancels the copy when the other end of the leash is closed. The thread ends with the command, at the latest.
-fn watch(leash: OwnedFd, cancel: Cancel) -> Result<()> {
-    let watch = move || {
-        wait_for_hangup(leash.as_fd());
-        cancel.cancel();
-    };
-    std::thread::Builder::new()
-        .name("copy-leash".into())
-        .spawn(watch)
-        .map(drop)
-        .map_err(|cause| Error::io(ErrorKind::System, "start the thread that watches the command", cause))
-}
-
-fn wait_for_hangup(pipe: BorrowedFd<'_>) {
-    loop {
-        let mut descriptors = [PollFd::new(pipe, PollFlags::empty())];
-        match poll(&mut descriptors, PollTimeout::NONE) {
-            Ok(_) | Err(nix::errno::Errno::EINTR)
-                if descriptors[0].revents().unwrap_or(PollFlags::empty()).is_empty() => {}
-            // Hung up, or unusable: either way there is no leash any more.
-            _ => return,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -293,22 +273,5 @@ mod tests {
         // The command is gone: nothing hangs, and a thaw is its guardian's matter.
         assert!(remote.run_hook().is_err());
         remote.thaw().unwrap();
-    }
-
-    #[test]
-    fn a_cut_leash_cancels() {
-        let (read, write) = nix::unistd::pipe().unwrap();
-        let cancel = Cancel::new().unwrap();
-        watch(read, cancel.clone()).unwrap();
-        std::thread::sleep(Duration::from_millis(20));
-        assert!(!cancel.is_cancelled());
-        drop(write);
-        for _ in 0..500 {
-            if cancel.is_cancelled() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        panic!("the copy was not cancelled");
     }
 }

@@ -8,12 +8,22 @@ mod commands;
 mod copy_service;
 mod exit;
 mod file_system;
+mod inner_size;
+mod job_service;
+mod leash;
 mod open;
 mod output;
 mod partition;
 mod progress;
+mod qemu;
+mod repartition;
+mod resize_service;
 mod serving;
 mod signals;
+mod sizing;
+mod snapshot_service;
+mod snapshots;
+mod space_used;
 
 use std::process::ExitCode;
 

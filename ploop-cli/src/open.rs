@@ -142,6 +142,19 @@ fn snapshot(request: &OpenRequest, descriptor: &DiskDescriptor) -> Result<Option
     }
 }
 
+/// The snapshot that opening `request` would open; `None` for the current state.
+pub(crate) fn snapshot_of(request: &OpenRequest) -> Result<Option<Guid>> {
+    match &request.descriptor {
+        Some(descriptor) => snapshot(request, &load(descriptor)?.1),
+        None => Ok(None),
+    }
+}
+
+/// The clusters of a raw base that no descriptor tells of; `None` if the base is an image.
+pub(crate) fn raw_cluster_of(request: &OpenRequest) -> Option<Sectors> {
+    request.raw_base.then(|| Sectors(request.cluster_sectors.unwrap_or(CLUSTER_SECTORS_DEFAULT)))
+}
+
 /// The descriptor and the image files that opening `request` would open, base first.
 pub(crate) fn files(request: &OpenRequest) -> Result<(Option<ImageFile>, Vec<ImageFile>)> {
     let Some(path) = &request.descriptor else {
@@ -165,16 +178,12 @@ pub(crate) fn open(request: &OpenRequest, manner: Manner) -> Result<Opened> {
         Some(descriptor) => Which::Path(descriptor.clone()),
         None => Which::Files(request.images.clone()),
     };
-    let snapshot = match &request.descriptor {
-        Some(descriptor) => snapshot(request, &load(descriptor)?.1)?,
-        None => None,
-    };
-    let raw_cluster = Sectors(request.cluster_sectors.unwrap_or(CLUSTER_SECTORS_DEFAULT));
+    let snapshot = snapshot_of(request)?;
     let access = if request.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let options = OpenOptions {
         which,
         snapshot,
-        raw_cluster: request.raw_base.then_some(raw_cluster),
+        raw_cluster: raw_cluster_of(request),
         accept_in_use: manner.is_successor,
         block_device: request.descriptor.is_none(),
         ..OpenOptions::new("", access)

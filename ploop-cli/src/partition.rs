@@ -10,9 +10,9 @@ use ploop_core::units::SECTOR_BYTES;
 use ploop_core::{Error, ErrorKind, Extent, Result};
 
 /// The least alignment of the partition, in bytes: no file system block straddles two of them.
-const ALIGNMENT_BYTES_MIN: u64 = 4096;
+pub(crate) const ALIGNMENT_BYTES_MIN: u64 = 4096;
 /// Sectors at the end of a disk that the second copy of the table takes: 32 for the entries, one for the header.
-const TAIL_SECTORS: u64 = 33;
+pub(crate) const TAIL_SECTORS: u64 = 33;
 /// Sectors at the start of a disk that the table takes: MBR, header and 32 of entries.
 const HEAD_SECTORS: u64 = 34;
 /// Bytes in a sector, as a length in memory.

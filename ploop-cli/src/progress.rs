@@ -1,21 +1,32 @@
-//! What a running copy shows on stderr: bars on a terminal, one JSON line per event with `--json`, nothing in a pipe.
+//! What a long operation shows on stderr: bars on a terminal, one JSON line per event with `--json`, nothing in a pipe.
 //!
-//! Events come as the JSON objects that `pcopy` defines: those of a copy in this process and those that a server
-//! sends over its control socket look the same. An event or a field that this version does not know is shown as JSON
-//! and otherwise passed over, so that commands and servers of different versions work together.
+//! Events are JSON objects: those of a copy as `pcopy` defines them, those of any other operation as [`Meter`] makes
+//! them. What happens in this process and what a server tells over its control socket look the same. An event or a
+//! field that this version does not know is shown as JSON and otherwise passed over, so that commands and servers of
+//! different versions work together.
+//!
+//! [`Meter`] is the [`ops::Progress`] of an operation, wherever it runs: it makes the events, keeps the rate limit and
+//! tells the operation when to stop. [`Job`] is what a command has of it: the bars, and the signals that cancel.
 
 use std::io::{self, IsTerminal};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pcopy::transport::Cancel;
+use ploop_core::{Error, ErrorKind, Result, ops};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::output::{Output, complain, human_bytes};
+use crate::signals;
 
 /// Redraws per second: a bar is for eyes.
 const REDRAWS_PER_SECOND: u8 = 8;
+/// How often an operation tells how far it is.
+const TELL_INTERVAL: Duration = Duration::from_millis(100);
+/// The longest sleep of a rate limit before the operation is asked again whether it was cancelled.
+const NAP_MAX: Duration = Duration::from_millis(50);
 
 /// The events that bars show, with what they show of them.
 #[derive(Debug, Deserialize)]
@@ -43,6 +54,19 @@ enum Seen {
     Freezing,
     Thawed {
         total_ms: f64,
+    },
+    PhaseStarted {
+        phase: String,
+        total_bytes: u64,
+    },
+    PhaseProgress {
+        done_bytes: u64,
+        total_bytes: u64,
+        bytes_per_second: u64,
+    },
+    PhaseEnded {
+        done_bytes: u64,
+        seconds: f64,
     },
     #[serde(other)]
     Unknown,
@@ -148,6 +172,19 @@ impl Bars {
                 self.name = "thawed".to_owned();
                 self.end(&format!("writers stood still for {total_ms:.1} ms"));
             }
+            Seen::PhaseStarted { phase, total_bytes } => self.begin(phase, total_bytes),
+            Seen::PhaseProgress { done_bytes, total_bytes, bytes_per_second } => {
+                if let Some(bar) = &self.present {
+                    bar.set_length(total_bytes.max(done_bytes));
+                    bar.set_position(done_bytes);
+                    let speed = human_bytes(bytes_per_second);
+                    bar.set_message(format!("{}, {speed}/s", human_bytes(done_bytes)));
+                }
+            }
+            Seen::PhaseEnded { done_bytes, seconds } => {
+                let took = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+                self.end(&format!("{} in {took:.1?}", human_bytes(done_bytes)));
+            }
             Seen::Unknown => {}
         }
     }
@@ -173,6 +210,158 @@ impl Bars {
         bar.set_prefix(name.clone());
         self.name = name;
         self.present = Some(bar);
+    }
+}
+
+/// A long operation of this command, here or in a server.
+pub(crate) struct Job {
+    progress: Progress,
+    cancel: Cancel,
+    limit_bytes_per_second: Option<u64>,
+}
+
+impl Job {
+    /// Begins to watch: SIGINT, SIGTERM and SIGHUP cancel from now on. Called before any thread is started.
+    pub(crate) fn begin(output: &Output, limit_bytes_per_second: Option<u64>) -> Result<Self> {
+        let cancel = Cancel::new()?;
+        signals::cancel(&cancel)?;
+        Ok(Self { progress: Progress::new(output), cancel, limit_bytes_per_second })
+    }
+
+    /// Without signals: they belong to the whole process.
+    #[cfg(test)]
+    pub(crate) fn for_test(output: &Output) -> Self {
+        Self { progress: Progress::new(output), cancel: Cancel::new().unwrap(), limit_bytes_per_second: None }
+    }
+
+    /// For an operation in this process.
+    pub(crate) fn meter(&self) -> Meter<'_> {
+        let tell = |event: &Value| {
+            self.progress.event(event);
+            true
+        };
+        Meter::new(tell, self.cancel.clone(), self.limit_bytes_per_second)
+    }
+
+    /// Where its events go.
+    pub(crate) fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// What ends it.
+    pub(crate) fn cancel(&self) -> &Cancel {
+        &self.cancel
+    }
+
+    /// How fast it may go through data.
+    pub(crate) fn limit_bytes_per_second(&self) -> Option<u64> {
+        self.limit_bytes_per_second
+    }
+}
+
+/// The progress of one operation, as events; see the module.
+pub(crate) struct Meter<'a> {
+    /// Passes an event on; false when nobody is there any more.
+    tell: Box<dyn Fn(&Value) -> bool + Send + Sync + 'a>,
+    cancel: Cancel,
+    limit_bytes_per_second: Option<u64>,
+    phase: Mutex<Phase>,
+}
+
+/// The phase that runs.
+struct Phase {
+    name: String,
+    total_bytes: u64,
+    done_bytes: u64,
+    since: Instant,
+    told: Instant,
+}
+
+impl Phase {
+    fn new(name: String, total_bytes: u64) -> Self {
+        let now = Instant::now();
+        Self { name, total_bytes, done_bytes: 0, since: now, told: now }
+    }
+
+    fn bytes_per_second(&self) -> u64 {
+        let ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+        u64::try_from(u128::from(self.done_bytes) * 1000 / u128::from(ms)).unwrap_or(u64::MAX)
+    }
+}
+
+impl<'a> Meter<'a> {
+    /// Tells events to `tell`, which answers whether anybody is still there; stops the operation when `cancel` is
+    /// raised; goes no faster than the limit.
+    pub(crate) fn new(
+        tell: impl Fn(&Value) -> bool + Send + Sync + 'a,
+        cancel: Cancel,
+        limit_bytes_per_second: Option<u64>,
+    ) -> Self {
+        let phase = Mutex::new(Phase::new(String::new(), 0));
+        Self { tell: Box::new(tell), cancel, limit_bytes_per_second, phase }
+    }
+
+    fn tell(&self, event: &Value) {
+        if !(self.tell)(event) {
+            self.cancel.cancel();
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.cancel.is_cancelled() {
+            return Err(Error::new(ErrorKind::Cancelled, "the operation was cancelled")
+                .advise("what it has done so far holds; the same command goes on from there"));
+        }
+        Ok(())
+    }
+
+    /// When the bytes done so far are within the limit.
+    fn due(&self, phase: &Phase) -> Option<Instant> {
+        let limit = self.limit_bytes_per_second.filter(|&limit| limit > 0)?;
+        let ms = u128::from(phase.done_bytes) * 1000 / u128::from(limit);
+        phase.since.checked_add(Duration::from_millis(u64::try_from(ms).ok()?))
+    }
+}
+
+impl ops::Progress for Meter<'_> {
+    fn begin(&self, phase: &str, total_bytes: u64) {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) =
+            Phase::new(phase.to_owned(), total_bytes);
+        self.tell(&json!({"event": "phase_started", "phase": phase, "total_bytes": total_bytes}));
+    }
+
+    fn advance(&self, bytes: u64) -> Result<()> {
+        self.check()?;
+        let (event, due) = {
+            let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+            phase.done_bytes = phase.done_bytes.saturating_add(bytes);
+            let event = (phase.told.elapsed() >= TELL_INTERVAL).then(|| {
+                phase.told = Instant::now();
+                json!({"event": "phase_progress", "phase": phase.name, "done_bytes": phase.done_bytes,
+                    "total_bytes": phase.total_bytes, "bytes_per_second": phase.bytes_per_second()})
+            });
+            (event, self.due(&phase))
+        };
+        if let Some(event) = event {
+            self.tell(&event);
+        }
+        while let Some(due) = due
+            && let left = due.saturating_duration_since(Instant::now())
+            && !left.is_zero()
+        {
+            self.check()?;
+            std::thread::sleep(left.min(NAP_MAX));
+        }
+        self.check()
+    }
+
+    fn end(&self) {
+        let event = {
+            let phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+            json!({"event": "phase_ended", "phase": phase.name, "done_bytes": phase.done_bytes,
+                "total_bytes": phase.total_bytes, "seconds": phase.since.elapsed().as_secs_f64()})
+        };
+        self.tell(&event);
     }
 }
 
@@ -218,6 +407,35 @@ mod tests {
         assert!(matches!(Seen::deserialize(&line).unwrap(), Seen::PassEnded { data_bytes: 5, .. }));
         let line = serde_json::to_value(pcopy::Event::Thawed(pcopy::stats::Downtime::default())).unwrap();
         assert!(matches!(Seen::deserialize(&line).unwrap(), Seen::Thawed { .. }));
+    }
+
+    #[test]
+    fn a_meter_tells_limits_and_cancels() {
+        use ops::Progress;
+        let events = Mutex::new(Vec::new());
+        let tell = |event: &Value| {
+            assert!(!matches!(Seen::deserialize(event).unwrap(), Seen::Unknown), "{event}");
+            events.lock().unwrap().push(event["event"].as_str().unwrap().to_owned());
+            true
+        };
+        let cancel = Cancel::new().unwrap();
+        let meter = Meter::new(tell, cancel.clone(), Some(1 << 20));
+        meter.begin("move", 1 << 20);
+        let start = Instant::now();
+        for _ in 0..8 {
+            meter.advance(32 << 10).unwrap();
+        }
+        assert!(start.elapsed() >= Duration::from_millis(240), "{:?}", start.elapsed());
+        meter.end();
+        let told = events.lock().unwrap().clone();
+        assert_eq!((told[0].as_str(), told.last().unwrap().as_str()), ("phase_started", "phase_ended"));
+        assert!(told.contains(&"phase_progress".to_owned()), "{told:?}");
+        cancel.cancel();
+        assert_eq!(meter.advance(1 << 30).unwrap_err().kind(), ErrorKind::Cancelled);
+        // Nobody listens: the operation stops by itself.
+        let meter = Meter::new(|_| false, Cancel::new().unwrap(), None);
+        meter.begin("move", 1);
+        assert!(meter.advance(1).is_err());
     }
 
     #[test]

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use ploop_core::device::control::Connection;
 use ploop_core::device::loop_device::{self, AttachOptions};
 use ploop_core::device::runtime::{self, Entry, OpenRequest, PartitionRange, Runtime, State};
+use ploop_core::ops::Space;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::open;
+use crate::{open, repartition};
 
 /// Set to 1: as `--allow-reclaim-stall` on every command that serves a disk, also where it is not typed by hand.
 const ALLOW_RECLAIM_STALL_VARIABLE: &str = "PLOOP_ALLOW_RECLAIM_STALL";
@@ -38,6 +39,10 @@ pub(crate) struct ServeOptions {
     pub(crate) device: Option<PathBuf>,
     /// Show the whole disk even when it has a partition table.
     pub(crate) whole_disk: bool,
+    /// Who uses it, where several use the same images.
+    pub(crate) component: Option<String>,
+    /// The exported file alone, no loop device.
+    pub(crate) without_device: bool,
 }
 
 /// What a server says of itself.
@@ -55,6 +60,12 @@ pub(crate) struct Status {
     pub(crate) poisoned: bool,
     /// Entries not yet in the table on disk.
     pub(crate) pending_entries: u64,
+    /// The image that is written to.
+    #[serde(default)]
+    pub(crate) top_image: Option<PathBuf>,
+    /// How it uses its file; what its table in memory says.
+    #[serde(default)]
+    pub(crate) space: Option<Space>,
 }
 
 /// A disk that is served.
@@ -70,7 +81,9 @@ pub(crate) fn start(request: OpenRequest, options: &ServeOptions) -> Result<Serv
     runtime.sweep()?;
     let (descriptor, images) = open::files(&request)?;
     let id = new_id();
-    let entry = runtime.create(&id, &State::new(id.clone(), request, descriptor, images))?;
+    let state =
+        State { component: options.component.clone(), ..State::new(id.clone(), request, descriptor, images) };
+    let entry = runtime.create(&id, &state)?;
     let result = start_in(&entry, options);
     match result {
         Ok(state) => Ok(Served { entry, state }),
@@ -88,6 +101,9 @@ fn new_id() -> String {
 fn start_in(entry: &Entry, options: &ServeOptions) -> Result<State> {
     let mut keeper = start_keeper(entry, options)?;
     wait_until_ready(entry, &mut keeper)?;
+    if options.without_device {
+        return entry.state();
+    }
     let file = entry.disk_file();
     let read_only = entry.state()?.open.read_only;
     let partition = if options.whole_disk { None } else { first_partition(&file)? };
@@ -172,7 +188,6 @@ pub(crate) fn status_of(entry: &Entry) -> Result<Status> {
 
 /// The first partition of the disk behind `file`, if it has a partition table; the kernel need not know it.
 pub(crate) fn first_partition(file: &Path) -> Result<Option<PartitionRange>> {
-    use gpt::disk::LogicalBlockSize;
     const SECTOR: u64 = ploop_core::units::SECTOR_BYTES;
     let failed = |operation: &str, cause: io::Error| {
         Error::io(ErrorKind::PartitionTable, operation.to_owned(), cause).at_path(file)
@@ -187,15 +202,11 @@ pub(crate) fn first_partition(file: &Path) -> Result<Option<PartitionRange>> {
     if !head[512..].starts_with(b"EFI PART") {
         return Ok(None);
     }
-    let table = gpt::GptConfig::new()
-        .writable(false)
-        .logical_block_size(LogicalBlockSize::Lb512)
-        .open_from_device(disk)
-        .map_err(|error| {
-            Error::new(ErrorKind::PartitionTable, format!("read the partition table: {error}"))
-                .at_path(file)
-                .advise("attach the whole disk with -n and repair the table")
-        })?;
+    let table = repartition::open_table(&disk, size).map_err(|error| {
+        Error::new(ErrorKind::PartitionTable, format!("read the partition table: {error}"))
+            .at_path(file)
+            .advise("attach the whole disk with -n and repair the table")
+    })?;
     let Some((&number, partition)) = table.partitions().iter().find(|(_, partition)| partition.is_used())
     else {
         return Ok(None);

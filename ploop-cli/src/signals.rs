@@ -1,14 +1,59 @@
-//! Signals that ask a command to end, held back while ending at once would leave something behind.
+//! Signals that ask a command to end, caught while ending at once would leave something behind.
+//!
+//! Caught, not blocked: a mask would be inherited by the programs that are started, and a service that a freeze or thaw
+//! command starts could not be stopped any more. A handler does not outlive `exec`.
 
-use nix::sys::signal::{SigSet, Signal};
+use std::io;
+
+use pcopy::transport::Cancel;
 use ploop_core::{Error, ErrorKind, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
-/// Holds back SIGINT, SIGTERM and SIGHUP in this thread and those it starts from now on; programs that are started get
-/// them as usual. Returns the set, for a thread that waits for them.
-pub(crate) fn hold() -> Result<SigSet> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-    signals
-        .thread_block()
-        .map_err(|errno| Error::io(ErrorKind::System, "hold back signals", errno.into()))?;
-    Ok(signals)
+/// From now on SIGINT, SIGTERM and SIGHUP do not end this program; those that it starts get them as usual.
+pub(crate) fn hold() -> Result<()> {
+    catch().map(drop)
+}
+
+fn catch() -> Result<Signals> {
+    let cannot = |cause: io::Error| Error::io(ErrorKind::System, "catch signals", cause);
+    Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(cannot)
+}
+
+/// SIGINT, SIGTERM and SIGHUP cancel a long operation, which then ends where nothing is half done.
+pub(crate) fn cancel(cancel: &Cancel) -> Result<()> {
+    let mut signals = catch()?;
+    let cancel = cancel.clone();
+    let wait = move || {
+        for _ in signals.forever() {
+            cancel.cancel();
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(wait)
+        .map(drop)
+        .map_err(|cause| Error::io(ErrorKind::System, "start the signal thread", cause))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_that_are_started_get_signals_as_usual() {
+        hold().unwrap();
+        let said = std::process::Command::new("grep")
+            .args(["-E", "^Sig(Blk|Ign)", "/proc/self/status"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8(said.stdout).unwrap();
+        for line in said.lines() {
+            let (name, mask) = line.split_once(":\t").unwrap();
+            let ours = [SIGHUP, SIGINT, SIGTERM].iter().fold(0, |mask, signal| mask | 1_u64 << (signal - 1));
+            assert_eq!(u64::from_str_radix(mask, 16).unwrap() & ours, 0, "{name}");
+        }
+        assert_eq!(said.lines().count(), 2);
+    }
 }

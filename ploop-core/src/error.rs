@@ -58,12 +58,16 @@ pub enum ErrorKind {
     DescriptorLocked,
     /// A file system cannot be made (24).
     MakeFileSystem,
+    /// A file system cannot be resized (26).
+    ResizeFileSystem,
     /// A folder cannot be made (27).
     MakeFolder,
     /// A file cannot be renamed (28).
     Rename,
     /// The operation was cancelled (29).
     Cancelled,
+    /// A cluster cannot be moved to another place (30).
+    Relocation,
     /// The partition table cannot be read or written (33).
     PartitionTable,
     /// A file cannot be removed (35).
@@ -111,9 +115,11 @@ impl ErrorKind {
             Self::Unmount => 22,
             Self::DescriptorLocked => 23,
             Self::MakeFileSystem => 24,
+            Self::ResizeFileSystem => 26,
             Self::MakeFolder => 27,
             Self::Rename => 28,
             Self::Cancelled => 29,
+            Self::Relocation => 30,
             Self::PartitionTable => 33,
             Self::Unlink => 35,
             Self::InUse => 37,
@@ -131,7 +137,7 @@ impl ErrorKind {
 impl ErrorKind {
     /// The kind whose [`exit_code`](Self::exit_code) this is.
     pub fn from_exit_code(code: u8) -> Option<Self> {
-        const ALL: [ErrorKind; 34] = [
+        const ALL: [ErrorKind; 36] = [
             ErrorKind::Create,
             ErrorKind::Device,
             ErrorKind::DeviceCommand,
@@ -153,9 +159,11 @@ impl ErrorKind {
             ErrorKind::Unmount,
             ErrorKind::DescriptorLocked,
             ErrorKind::MakeFileSystem,
+            ErrorKind::ResizeFileSystem,
             ErrorKind::MakeFolder,
             ErrorKind::Rename,
             ErrorKind::Cancelled,
+            ErrorKind::Relocation,
             ErrorKind::PartitionTable,
             ErrorKind::Unlink,
             ErrorKind::InUse,

@@ -33,15 +33,27 @@ pub enum Mutant {
     SyncRetried,
     /// M13: a size extension not synced before a pointer to it.
     ExtensionNotSynced,
+    /// M14: a repair that does not survive being cut in the middle: its table is written before what it points to.
+    RepairNotRepeatable,
     /// M15: copied-up data written to the wrong place when a hole is reused.
     CopyUpMisplaced,
     /// M16: tracker marked before the write only.
     MarkBeforeWrite,
+    /// M17: a change of the table and its record in the log of pending entries not one step against the seals.
+    LoggedApart,
+    /// A moved cluster entered before its new place is durable.
+    MoveNotSynced,
+    /// The header of a longer table written before the room of that table is durably empty.
+    HeaderBeforeTableSync,
+    /// A chain replaced while bytes that were written in place in the old top are not synced.
+    InPlaceUnsynced,
+    /// A freed place punched while a read that began with a former chain may use it.
+    FormerReadsForgotten,
 }
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 21] = [
         Self::TableBeforeContentSync,
         Self::NoContentSync,
         Self::SingleSync,
@@ -55,8 +67,14 @@ impl Mutant {
         Self::SyncErrorIgnored,
         Self::SyncRetried,
         Self::ExtensionNotSynced,
+        Self::RepairNotRepeatable,
         Self::CopyUpMisplaced,
         Self::MarkBeforeWrite,
+        Self::LoggedApart,
+        Self::MoveNotSynced,
+        Self::HeaderBeforeTableSync,
+        Self::InPlaceUnsynced,
+        Self::FormerReadsForgotten,
     ];
 }
 

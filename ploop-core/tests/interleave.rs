@@ -17,11 +17,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ploop_core::device::{Client, Completion, Disk, DiskOptions, Op, Queue};
+use ploop_core::device::{Client, Completion, Destination, Disk, DiskOptions, Op, Queue};
 use ploop_core::format::{Chain, ChainOptions, CreateOptions, Geometry, Source, Version, create_image};
 use ploop_core::io::{Access, Allocation, IoBuf, Storage, Wait};
 use ploop_core::mutant::{self, Mutant};
-use ploop_core::units::Sectors;
+use ploop_core::units::{FileCluster, GuestCluster, Sectors};
 use ploop_core::{ErrorKind, Extent};
 use served::*;
 
@@ -747,22 +747,51 @@ fn more_requests_than_agreed_are_turned_away() {
 
 #[test]
 fn a_frozen_disk_can_be_given_a_new_top() {
+    new_top(false);
+    new_top(true);
+}
+
+#[test]
+fn a_sync_that_fails_keeps_the_old_top() {
+    let served = served(1, 1);
+    served.client().write(0, &[1; CLUSTER as usize]).unwrap();
+    let child = MemoryFile::new(1);
+    create(&*child, CLUSTERS);
+    served.top().set_faults(Faults { sync_from: Some(2), ..Faults::default() });
+    let frozen = served.disk.freeze(Duration::ZERO).unwrap();
+    let replaced = frozen.replace_chain(|_| panic!("opened although the old top is not durable"));
+    assert_eq!(replaced.unwrap_err().kind(), ErrorKind::Sync);
+    assert!(served.disk.is_poisoned());
+    assert_eq!(served.disk.chain().depth(), 1);
+}
+
+/// A pending write, a read under way and a held write, while the top is replaced.
+fn new_top(is_mid_round: bool) {
     let served = served(1, 1);
     let (mut queue, hold) = served.queue();
     let mut client = served.client();
     client.write(0, &[1; CLUSTER as usize]).unwrap();
-    client.flush().unwrap();
-    while served.disk.step_flusher() {}
     hold.store(true, Ordering::SeqCst);
     queue.submit(read_request(1, 0, 512));
     run(&mut queue, 3);
     let frozen = served.disk.freeze(Duration::ZERO).unwrap();
     queue.submit(write_request(2, 0, &[2; 512]));
-    let base = served.top().bytes();
+    if is_mid_round {
+        // A round of somebody's flush, of which only the first sync is through.
+        client.queue().submit(request(3, Op::Flush, 0, 0, None));
+        run(client.queue(), 3);
+        assert!(served.disk.step_flusher() && served.disk.step_flusher());
+    }
+    served.top().take_log();
     let child = MemoryFile::new(1);
     create(&*child, CLUSTERS);
     let both = storages(&[Arc::clone(served.top()), Arc::clone(&child)]);
-    frozen.replace_chain(open_chain(&both, false)).unwrap();
+    // Opened no sooner than the old top's table is in its file.
+    frozen.replace_chain(|_| Ok(open_chain(&both, false))).unwrap();
+    // The entry that was pending is durable in the old top.
+    assert!(matches!(served.top().take_log()[..], [.., Call::Write(0, _), Call::Sync]));
+    assert_eq!(served.disk.chain().pending(), 0);
+    let base = served.top().bytes();
     drop(frozen);
     hold.store(false, Ordering::SeqCst);
     let ended = run(&mut queue, 100);
@@ -774,5 +803,237 @@ fn a_frozen_disk_can_be_given_a_new_top() {
     client.flush().unwrap();
     assert!(child.bytes().len() as u64 > CLUSTER);
     drop((client, queue));
+    served.disk.close().unwrap();
+}
+
+/// Eight clusters of their own number, durable; the first two discarded, so that there are free places at the start.
+fn holed(unit: u32, depth: usize) -> Served {
+    let served = served(unit, depth);
+    let mut client = served.client();
+    for cluster in 0..8 {
+        client.write(cluster * CLUSTER, &[cluster as u8 + 1; CLUSTER as usize]).unwrap();
+    }
+    client.flush().unwrap();
+    if depth == 1 {
+        client.discard(extent(0, 2 * CLUSTER)).unwrap();
+        client.flush().unwrap();
+    }
+    drop(client);
+    while served.disk.step_flusher() {}
+    served
+}
+
+fn place(served: &Served, cluster: u32) -> u32 {
+    served.disk.chain().place_of(GuestCluster(cluster)).unwrap().0
+}
+
+fn move_request(id: u64, cluster: u64, to: Destination) -> ploop_core::device::Request {
+    request(id, Op::Relocate(to), cluster * CLUSTER, CLUSTER, None)
+}
+
+const LOW: Destination = Destination::Below(FileCluster(3));
+
+#[test]
+fn a_move_waits_for_reads_in_flight_and_reads_wait_for_it() {
+    for unit in [1, 512, 4096] {
+        let served = holed(unit, 1);
+        let before = place(&served, 7);
+        let (mut reader, hold) = served.queue();
+        hold.store(true, Ordering::SeqCst);
+        reader.submit(read_request(1, 7 * CLUSTER, CLUSTER));
+        run(&mut reader, 3);
+        let (mut mover, _) = served.queue();
+        mover.submit(move_request(2, 7, LOW));
+        assert!(run(&mut mover, 20).is_empty(), "the old place is in use");
+        mover.submit(read_request(3, 7 * CLUSTER, 4096));
+        mover.submit(write_request(4, 7 * CLUSTER, &[9; 4096]));
+        assert!(run(&mut mover, 20).is_empty(), "who comes later does not overtake");
+        hold.store(false, Ordering::SeqCst);
+        assert_eq!(run(&mut reader, 50)[0].buffer.as_ref().unwrap().as_slice(), [8; CLUSTER as usize]);
+        let ended = run(&mut mover, 200);
+        assert!(ended.iter().all(|completion| completion.result.is_ok()) && ended.len() == 3);
+        assert_ne!(place(&served, 7), before);
+        let mut expected = vec![8; CLUSTER as usize];
+        expected[..4096].fill(9);
+        let mut client = served.client();
+        assert_eq!(client.read(extent(7 * CLUSTER, CLUSTER)).unwrap().as_slice(), expected);
+        assert_eq!(served.disk.statistics().moved_clusters, 1);
+        // It is durable with the next flush, and its old place is used again only after that.
+        client.write(9 * CLUSTER, &[1; 512]).unwrap();
+        client.write(10 * CLUSTER, &[1; 512]).unwrap();
+        assert!(![place(&served, 9), place(&served, 10)].contains(&before));
+        client.flush().unwrap();
+        served.disk.settle_freed().unwrap();
+        client.write(11 * CLUSTER, &[1; 512]).unwrap();
+        assert_eq!(place(&served, 11), before);
+        assert_eq!(client.read(extent(7 * CLUSTER, CLUSTER)).unwrap().as_slice(), expected);
+    }
+}
+
+#[test]
+fn moves_writes_discards_and_flushes_of_one_cluster_take_turns() {
+    for order in 0..24_u64 {
+        let served = holed(1, 1);
+        let (mut queue, hold) = served.queue();
+        hold.store(true, Ordering::SeqCst);
+        let mut left: Vec<u64> = (0..4).collect();
+        let mut code = order;
+        let mut expected = vec![8; CLUSTER as usize];
+        for count in (1..=4).rev() {
+            let kind = left.remove((code % count) as usize);
+            code /= count;
+            match kind {
+                0 => queue.submit(move_request(kind, 7, LOW)),
+                1 => queue.submit(move_request(kind, 7, Destination::From(FileCluster(12)))),
+                2 => {
+                    queue.submit(write_request(kind, 7 * CLUSTER + 100, &[5; 1000]));
+                    expected[100..1100].fill(5);
+                }
+                _ => {
+                    queue.submit(request(kind, Op::Discard, 7 * CLUSTER, CLUSTER, None));
+                    expected.fill(0);
+                }
+            }
+        }
+        queue.submit(request(9, Op::Flush, 0, 0, None));
+        let mut ended = run(&mut queue, 5).len();
+        hold.store(false, Ordering::SeqCst);
+        while ended < 5 {
+            served.disk.step_flusher();
+            for completion in run(&mut queue, 1) {
+                assert_eq!(completion.result, Ok(()), "order {order}, request {}", completion.id);
+                ended += 1;
+            }
+        }
+        drop(queue);
+        served.disk.settle_freed().unwrap();
+        let mut client = served.client();
+        assert!(client.read(extent(7 * CLUSTER, CLUSTER)).unwrap().as_slice() == expected, "order {order}");
+        client.flush().unwrap();
+        drop(client);
+        served.disk.close().unwrap();
+        let served = served.reopen();
+        let found = served.client().read(extent(7 * CLUSTER, CLUSTER)).unwrap();
+        assert!(found.as_slice() == expected, "order {order}, opened again");
+    }
+}
+
+#[test]
+fn a_move_is_no_change_for_the_tracker_and_one_for_a_freeze() {
+    let served = holed(1, 1);
+    let tracker = served.disk.start_tracker().unwrap();
+    let (mut queue, hold) = served.queue();
+    hold.store(true, Ordering::SeqCst);
+    queue.submit(move_request(1, 7, LOW));
+    run(&mut queue, 3);
+    let freezing = served.disk.begin_freeze().unwrap();
+    let freezing = freezing.finish().err().expect("a move is in flight");
+    queue.submit(move_request(2, 6, LOW));
+    hold.store(false, Ordering::SeqCst);
+    assert_eq!(run(&mut queue, 50).len(), 1, "the second one is held");
+    let frozen = freezing.finish().ok().expect("drained");
+    drop(frozen);
+    assert_eq!(run(&mut queue, 50).len(), 1);
+    assert!(tracker.take(0, u64::MAX).is_none(), "the guest's bytes are the same");
+}
+
+#[test]
+fn moves_that_cannot_be_are_told_or_do_nothing() {
+    let served = holed(1, 1);
+    let (mut queue, _) = served.queue();
+    queue.submit(request(1, Op::Relocate(LOW), 512, CLUSTER, None));
+    queue.submit(request(2, Op::Relocate(LOW), 0, 2 * CLUSTER, None));
+    assert!(run(&mut queue, 5).iter().all(|completion| completion.result == Err(libc::EINVAL)));
+    let mut client = served.client();
+    assert!(!client.relocate(GuestCluster(0), LOW).unwrap(), "it has no place");
+    assert!(client.relocate(GuestCluster(2), Destination::Below(FileCluster(50))).unwrap(), "it lies there");
+    assert_eq!(served.disk.statistics().moved_clusters, 0);
+    assert!(!client.relocate(GuestCluster(2), Destination::Below(FileCluster(1))).unwrap(), "no such place");
+    let len = served.top().bytes().len() as u64;
+    served.top().set_faults(Faults { len_max: Some(len), ..Faults::default() });
+    let far = Destination::From(FileCluster(len.div_ceil(CLUSTER) as u32));
+    let error = client.relocate(GuestCluster(2), far).unwrap_err();
+    assert!(error.is_out_of_space() && error.kind() == ErrorKind::Relocation, "{error}");
+    served.top().set_faults(Faults { write: Some((0..2 * len, libc::EIO)), ..Faults::default() });
+    assert!(client.relocate(GuestCluster(7), LOW).is_err());
+    served.top().set_faults(Faults::default());
+    assert_eq!(client.read(extent(7 * CLUSTER, 512)).unwrap().as_slice(), [8; 512]);
+    assert!(!served.disk.is_poisoned());
+    drop((client, queue));
+    served.disk.close().unwrap();
+}
+
+/// What a crash leaves of a cluster when a flush came in the middle of its move.
+fn crash_during_a_move(mutant: Option<Mutant>) -> Vec<u8> {
+    let served = holed(1, 2);
+    let broken = Broken::rule(mutant);
+    let (mut mover, hold) = served.queue();
+    hold.store(true, Ordering::SeqCst);
+    mover.submit(move_request(1, 7, Destination::From(FileCluster(12))));
+    run(&mut mover, 5);
+    served.client().flush().unwrap();
+    drop(broken);
+    let left: Vec<_> = served.files.iter().map(|file| MemoryFile::with_bytes(1, &file.bytes())).collect();
+    let disk = serve(open_chain(&storages(&left), false), DiskOptions::default());
+    let mut client = Client::new(&disk, Box::new(StepQueue::new(8, 64))).unwrap();
+    client.read(extent(7 * CLUSTER, 512)).unwrap().as_slice().to_vec()
+}
+
+#[test]
+fn a_moved_cluster_is_not_in_the_table_before_its_copy_is_complete() {
+    assert_eq!(crash_during_a_move(None), [8; 512]);
+    assert_ne!(crash_during_a_move(Some(Mutant::PublishBeforeComplete)), [8; 512], "the mutant lives");
+}
+
+/// What a crash leaves of a moved cluster whose old place was written to by another before the flush.
+fn old_place_reused(mutant: Option<Mutant>) -> Vec<u8> {
+    let served = holed(1, 1);
+    let _broken = Broken::rule(mutant);
+    let mut client = served.client();
+    assert!(client.relocate(GuestCluster(2), LOW).unwrap());
+    for cluster in 8..CLUSTERS {
+        client.write(cluster * CLUSTER, &[0xEE; CLUSTER as usize]).unwrap();
+    }
+    let left = MemoryFile::with_bytes(1, &served.top().bytes());
+    let disk = serve(open_chain(&storages(&[left]), false), DiskOptions::default());
+    let mut client = Client::new(&disk, Box::new(StepQueue::new(8, 64))).unwrap();
+    client.read(extent(2 * CLUSTER, 512)).unwrap().as_slice().to_vec()
+}
+
+#[test]
+fn the_old_place_of_a_moved_cluster_is_kept_until_the_move_is_durable() {
+    assert_eq!(old_place_reused(None), [3; 512]);
+    assert_ne!(old_place_reused(Some(Mutant::ReuseBeforeClearDurable)), [3; 512], "the mutant lives");
+}
+
+#[test]
+fn the_tail_is_cut_when_nothing_durable_points_there() {
+    let served = holed(4096, 1);
+    let mut client = served.client();
+    let len = |served: &Served| served.top().bytes().len() as u64 / CLUSTER;
+    let high = place(&served, 7);
+    for cluster in [7, 6] {
+        assert!(client.relocate(GuestCluster(cluster), LOW).unwrap());
+    }
+    served.disk.cut_tail().unwrap();
+    assert!(len(&served) > u64::from(high), "the file's table still names the last place");
+    client.flush().unwrap();
+    assert!(served.disk.cut_tail().unwrap() > 0);
+    assert_eq!(len(&served), u64::from(high) - 1);
+    // It grows again, and what it grows by reads as zeros.
+    for cluster in 8..CLUSTERS {
+        client.write(cluster * CLUSTER + 8192, &[cluster as u8; 512]).unwrap();
+    }
+    client.flush().unwrap();
+    for cluster in 8..CLUSTERS {
+        let found = client.read(extent(cluster * CLUSTER, CLUSTER)).unwrap();
+        assert!(found.as_slice()[..8192].iter().all(|&byte| byte == 0), "cluster {cluster}");
+        assert_eq!(found.as_slice()[8192..8704], [cluster as u8; 512]);
+    }
+    for cluster in 2..8 {
+        let found = client.read(extent(cluster * CLUSTER, CLUSTER)).unwrap();
+        assert_eq!(found.as_slice(), [cluster as u8 + 1; CLUSTER as usize]);
+    }
+    drop(client);
     served.disk.close().unwrap();
 }

@@ -13,6 +13,7 @@
     reason = "a test fails by panicking, and its numbers are small"
 )]
 
+mod referee;
 mod served;
 
 use std::collections::{HashMap, HashSet};
@@ -22,11 +23,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ploop_core::Extent;
-use ploop_core::device::{Client, Completion, Disk, DiskOptions, Freezing, Op, Queue};
+use ploop_core::device::{Client, Completion, Destination, Disk, DiskOptions, Freezing, Op, Queue};
 use ploop_core::io::file::{Caching, FileStorage, OpenOptions};
 use ploop_core::io::sim::SimDisk;
 use ploop_core::io::uring::UringQueue;
 use ploop_core::io::{Access, Alignment, IoBuf, IoQueue, QueueChoice, Storage, Wait};
+use ploop_core::units::FileCluster;
 use served::*;
 
 const CLUSTERS: u64 = 12;
@@ -180,12 +182,27 @@ impl Run {
         };
         let aligned = if self.random.chance(40) { start - start % CLUSTER_SECTORS } else { start };
         let sectors = aligned..(aligned + len).min(SECTORS);
-        let op = match self.random.below(10) {
+        let op = match self.random.below(11) {
             0..=3 => Op::Read,
             4..=6 => Op::Write { fua: self.random.chance(10) },
             7 => Op::WriteZeroes { fua: self.random.chance(10), may_unmap: self.random.chance(50) },
             8 => Op::Discard,
-            _ => Op::Flush,
+            9 => Op::Flush,
+            _ => {
+                let place = FileCluster(1 + self.random.below(2 * CLUSTERS) as u32);
+                Op::Relocate(if self.random.chance(60) {
+                    Destination::Below(place)
+                } else {
+                    Destination::From(place)
+                })
+            }
+        };
+        let sectors = match op {
+            Op::Relocate(_) => {
+                let first = start - start % CLUSTER_SECTORS;
+                first..first + CLUSTER_SECTORS
+            }
+            _ => sectors,
         };
         self.next += 1;
         let id = self.next;
@@ -203,6 +220,7 @@ impl Run {
                 request(id, op, sectors.start * 512, bytes, Some(buffer))
             }
             Op::Flush => request(id, op, 0, 0, None),
+            Op::Relocate(_) => request(id, op, sectors.start * 512, bytes, None),
             _ => {
                 self.judge.begin_write(sectors.clone(), id, 0);
                 request(id, op, sectors.start * 512, bytes, None)
@@ -471,7 +489,7 @@ fn mirror(disk: &Arc<Disk>, choice: QueueChoice, stop: &AtomicBool) {
 }
 
 fn real_files(choice: QueueChoice, caching: Caching) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = referee::folder();
     let open = |name: &str, access| -> Arc<dyn Storage> {
         let options = match caching {
             Caching::Direct => OpenOptions::new(access).direct(),

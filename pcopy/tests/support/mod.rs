@@ -1,11 +1,15 @@
 //! Both sides of a copy in one process, with a writer at work and faults in between.
 #![allow(dead_code, unreachable_pub)]
 
+#[path = "../../../ploop-core/tests/referee/mod.rs"]
+pub mod referee;
+
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -15,7 +19,12 @@ use pcopy::{
     Destination, Event, Link, Observer, Quiesce, ReceiveOptions, ReceiveReport, SendOptions, SendReport,
     Source,
 };
-use ploop_core::{Error, ErrorKind, Result};
+use ploop_core::device::{Client, Disk, DiskOptions};
+use ploop_core::io::{Access, pool};
+use ploop_core::ops::create::{CreateOptions, create};
+use ploop_core::ops::open::{OpenOptions, Which, open};
+use ploop_core::units::Sectors;
+use ploop_core::{Error, ErrorKind, Extent, Result};
 
 /// Small numbers without a library, the same for the same seed.
 #[derive(Clone)]
@@ -66,6 +75,66 @@ impl Writable for MemoryDisk {
     fn content(&self) -> Vec<u8> {
         MemoryDisk::content(self)
     }
+}
+
+/// A disk with a client that writes to it.
+#[derive(Clone)]
+pub struct Served {
+    pub disk: Arc<Disk>,
+    pub client: Arc<Mutex<Client>>,
+}
+
+impl Served {
+    pub fn open(path: &Path, raw_cluster: Option<Sectors>, access: Access) -> Self {
+        let options = OpenOptions {
+            which: Which::Path(path.to_path_buf()),
+            raw_cluster,
+            ..OpenOptions::new(path, access)
+        };
+        let read_only = access == Access::ReadOnly;
+        let disk = Disk::open(open(&options).unwrap().chain, DiskOptions { read_only, ..Default::default() })
+            .unwrap();
+        let client = Client::new(&disk, pool::best_io_queue(16).unwrap()).unwrap();
+        Self { disk, client: Arc::new(Mutex::new(client)) }
+    }
+
+    pub fn close(self) {
+        drop(Arc::into_inner(self.client).unwrap());
+        self.disk.close().unwrap();
+    }
+}
+
+impl Writable for Served {
+    fn write(&self, at: u64, bytes: &[u8]) {
+        self.client.lock().unwrap().write(at, bytes).unwrap();
+    }
+    fn content(&self) -> Vec<u8> {
+        let mut client = Client::new(&self.disk, pool::best_io_queue(16).unwrap()).unwrap();
+        client.read(Extent::between(0, self.disk.size_bytes())).unwrap().as_slice().to_vec()
+    }
+}
+
+/// A new disk of `len` bytes in `folder`, half of it written, as `adjust` wants it; open for writing.
+pub fn new_disk(folder: &Path, len: u64, seed: u64, adjust: impl FnOnce(&mut CreateOptions)) -> Served {
+    std::fs::create_dir_all(folder).unwrap();
+    let mut options = CreateOptions::new(folder, "root.hds", Sectors(len / 512));
+    adjust(&mut options);
+    create(&options).unwrap();
+    let served = Served::open(folder, None, Access::ReadWrite);
+    for (index, chunk) in content(seed, usize::try_from(len / 2).unwrap()).chunks(48 << 10).enumerate() {
+        if chunk.iter().any(|byte| *byte != 0) {
+            served.write(index as u64 * (96 << 10), chunk);
+        }
+    }
+    served
+}
+
+/// What the closed disk at `path` holds.
+pub fn content_of(path: &Path, raw_cluster: Option<Sectors>) -> Vec<u8> {
+    let served = Served::open(path, raw_cluster, Access::ReadOnly);
+    let content = served.content();
+    served.close();
+    content
 }
 
 #[derive(Default)]

@@ -9,9 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use nix::fcntl::OFlag;
 use pcopy::freeze::{LocalQuiesce, QuiesceOptions};
-use pcopy::send;
 use pcopy::source::DiskSource;
 use pcopy::stats::Event;
 use pcopy::target::{Destination, FileTarget, ImageDestination, ImageOptions, Target};
@@ -22,6 +20,7 @@ use ploop_core::device::control::Connection;
 use ploop_core::device::runtime::{self, Entry, OpenRequest, Runtime, State};
 use ploop_core::device::{Disk, DiskOptions};
 use ploop_core::format::DESCRIPTOR_NAME;
+use ploop_core::io::sys;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 use serde_json::Value;
@@ -30,6 +29,7 @@ use crate::args;
 use crate::commands::init::{Format, ImageVersion};
 use crate::copy_service::{Ask, CopyRequest, VERB, Wishes, to_value};
 use crate::exit::Outcome;
+use crate::leash;
 use crate::open::{self, Manner, Wanted};
 use crate::output::{Output, Report, complain, human_bytes};
 use crate::progress::Progress;
@@ -90,13 +90,30 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value = "10", requires = "source", value_parser = args::integer)]
     freeze_stall_timeout: u64,
 
+    /// 1 sends the original's stream, to stdout or -o, for a receiver that knows no other. It has no checksums, and
+    /// whether it arrived is known to the receiver alone
+    #[arg(long, value_name = "1|2", default_value_t = 2, conflicts_with_all = ["target", "to"],
+          value_parser = clap::value_parser!(u8).range(1..=2))]
+    protocol: u8,
+
     /// How many passes to make at most before the freeze
     #[arg(long, value_name = "NUMBER", requires = "source", value_parser = args::integer)]
     passes: Option<u64>,
 
-    /// Format of the new image; as the source by default
-    #[arg(short = 'f', long = "format", value_name = "FORMAT", requires = "target")]
-    format: Option<Format>,
+    /// Send to this open descriptor, a pipe or socket, instead of stdout
+    #[arg(short = 'o', long = "output", value_name = "FD", requires = "source", conflicts_with_all = ["target", "to"],
+          value_parser = clap::value_parser!(i32).range(0..))]
+    output_descriptor: Option<i32>,
+
+    /// Receive from this open descriptor, a pipe or socket, instead of stdin
+    #[arg(short = 'i', long = "input", value_name = "FD", requires = "target", conflicts_with = "source",
+          value_parser = clap::value_parser!(i32).range(0..))]
+    input_descriptor: Option<i32>,
+
+    /// FORMAT: that of the new image, as the source by default. FD: an open descriptor, a pipe or socket, that carries the
+    /// receiver's answers; both ends of a copy have one, or neither
+    #[arg(short = 'f', long = "format", value_name = "FORMAT|FD", value_parser = format_or_descriptor)]
+    format: Option<FormatOrDescriptor>,
 
     /// Cluster size of the new image in sectors; as the source by default
     #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", requires = "target", value_parser = args::integer)]
@@ -105,6 +122,65 @@ pub(crate) struct Arguments {
     /// Version of the new image; as the source by default
     #[arg(short = 'v', long = "version", value_name = "1|2", requires = "target")]
     version: Option<ImageVersion>,
+}
+
+/// What `-f` means: the original's `-f FD` of `copy`, and the format of all other commands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FormatOrDescriptor {
+    Format(Format),
+    Descriptor(i32),
+}
+
+fn format_or_descriptor(text: &str) -> std::result::Result<FormatOrDescriptor, String> {
+    if text.starts_with(|first: char| first.is_ascii_digit()) {
+        return text
+            .parse()
+            .map(FormatOrDescriptor::Descriptor)
+            .map_err(|_| "this is no number of a descriptor".to_owned());
+    }
+    Format::from_str(text, true)
+        .map(FormatOrDescriptor::Format)
+        .map_err(|_| "expected expanded, preallocated, raw, or the number of a descriptor".to_owned())
+}
+
+impl Arguments {
+    fn format(&self) -> Option<Format> {
+        match self.format {
+            Some(FormatOrDescriptor::Format(format)) => Some(format),
+            _ => None,
+        }
+    }
+
+    fn feedback_descriptor(&self) -> Option<i32> {
+        match self.format {
+            Some(FormatOrDescriptor::Descriptor(number)) => Some(number),
+            _ => None,
+        }
+    }
+
+    /// What clap cannot say of an option with two meanings.
+    fn check(&self) -> Result<()> {
+        if self.format().is_some() && self.target.is_none() {
+            return Err(Error::new(ErrorKind::Parameter, "a format (-f) without a new image (-d)"));
+        }
+        if self.feedback_descriptor().is_some()
+            && self.source.is_some()
+            && (self.target.is_some() || self.to.is_some())
+        {
+            let message = "-f with a descriptor goes with a stream to stdout or -o";
+            return Err(Error::new(ErrorKind::Parameter, message)
+                .advise("a copy with -d or --to gets its answers from the command that it starts"));
+        }
+        Ok(())
+    }
+}
+
+/// An end of a copy that this program was started with.
+fn inherited(number: i32, option: &str) -> Result<OwnedFd> {
+    sys::inherited(number).map_err(|cause| {
+        Error::io(ErrorKind::Parameter, format!("take descriptor {number} (-{option})"), cause)
+            .advise("open it in the shell, for example: ploop copy -s DISK -o 3 3>&1")
+    })
 }
 
 /// The figures of a sent copy. They may come from a server of another version: fields are looked up by name.
@@ -149,6 +225,7 @@ impl Report for Sent {
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    arguments.check()?;
     match (&arguments.source, &arguments.target) {
         (Some(source), target) => send_disk(arguments, source, target.as_deref(), output),
         (None, Some(target)) => receive_disk(arguments, target, output),
@@ -158,25 +235,11 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     }
 }
 
-/// SIGINT, SIGTERM and SIGHUP cancel the copy, which then leaves everything as it was. Called before any thread is
-/// started.
-fn cancel_on_signals(cancel: &Cancel) -> Result<()> {
-    let signals = signals::hold()?;
-    let cancel = cancel.clone();
-    let wait = move || {
-        while signals.wait().is_ok() {
-            cancel.cancel();
-        }
-    };
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(wait)
-        .map(drop)
-        .map_err(|cause| Error::io(ErrorKind::System, "start the signal thread", cause))
-}
-
 fn receive_disk(arguments: &Arguments, target: &Path, output: &Output) -> Outcome {
-    if io::stdin().is_terminal() {
+    // Taken before this program opens anything that could have the same number.
+    let input = arguments.input_descriptor.map(|number| inherited(number, "i")).transpose()?;
+    let feedback = arguments.feedback_descriptor().map(|number| inherited(number, "f")).transpose()?;
+    if input.is_none() && io::stdin().is_terminal() {
         return Err(Error::new(
             ErrorKind::Parameter,
             "a copy is received from a pipe, standard input is a terminal",
@@ -185,8 +248,9 @@ fn receive_disk(arguments: &Arguments, target: &Path, output: &Output) -> Outcom
         .into());
     }
     let cancel = Cancel::new()?;
-    cancel_on_signals(&cancel)?;
-    let mut options = ReceiveOptions { cancel: Some(cancel), ..ReceiveOptions::default() };
+    signals::cancel(&cancel)?;
+    let mut options =
+        ReceiveOptions { cancel: Some(cancel), feedback: feedback.is_some(), ..ReceiveOptions::default() };
     if let Some(seconds) = arguments.stall_timeout {
         options.stall_timeout = Duration::from_secs(seconds);
     }
@@ -194,7 +258,10 @@ fn receive_disk(arguments: &Arguments, target: &Path, output: &Output) -> Outcom
     // Two sets of bars on one terminal would draw over each other; the sender has one.
     let progress = output.is_json().then(|| Progress::new(output));
     let observer = observer(progress.as_ref());
-    let report = receive(Link::standard()?, &mut destination, &options, &observer)?;
+    let mut link = Link::standard()?;
+    link.input = input.or(link.input);
+    link.output = feedback.or(link.output);
+    let report = receive(link, &mut destination, &options, &observer)?;
     // Standard output belongs to the answers of a two-way copy: figures go to standard error.
     if let (Some(progress), Ok(figures)) = (&progress, serde_json::to_value(&report)) {
         progress.done(&figures);
@@ -228,7 +295,7 @@ fn wanted_image(arguments: &Arguments) -> Result<ImageOptions> {
         })
     });
     Ok(ImageOptions {
-        image: arguments.format.map(|format| match format {
+        image: arguments.format().map(|format| match format {
             Format::Expanded => ImageKind::Expanded,
             Format::Preallocated => ImageKind::Preallocated,
             Format::Raw => ImageKind::Raw,
@@ -252,14 +319,17 @@ fn observer(progress: Option<&Progress>) -> impl Fn(&Event) + Sync {
 }
 
 fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output: &Output) -> Outcome {
+    // Taken before this program opens anything that could have the same number.
+    let stream = arguments.output_descriptor.map(|number| inherited(number, "o")).transpose()?;
+    let feedback = arguments.feedback_descriptor().map(|number| inherited(number, "f")).transpose()?;
     let to_standard_output = target.is_none() && arguments.to.is_none();
-    if to_standard_output && io::stdout().is_terminal() {
+    if to_standard_output && stream.is_none() && io::stdout().is_terminal() {
         return Err(Error::new(ErrorKind::Parameter, "the copy would go to a terminal")
             .advise("pipe it into `ploop copy -d FILE`, or give the receiver's command with --to or a file with -d")
             .into());
     }
     let cancel = Cancel::new()?;
-    cancel_on_signals(&cancel)?;
+    signals::cancel(&cancel)?;
     let from = Origin::find(source)?;
     let progress = Progress::new(output);
     let (link, peer) = match (target, &arguments.to) {
@@ -267,7 +337,11 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
             Peer::start(&mut receiver_command(arguments, target)).map(|(link, peer)| (link, Some(peer)))?
         }
         (None, Some(command)) => Peer::spawn(command).map(|(link, peer)| (link, Some(peer)))?,
-        (None, None) => (Link::standard_output()?, None),
+        (None, None) => {
+            let output = stream
+                .map_or_else(|| Link::standard_output().map(|link| link.output), |stream| Ok(Some(stream)));
+            (Link { input: feedback, output: output? }, None)
+        }
     };
     let sent = from.send(arguments, link, &cancel, &progress);
     let figures = finish(sent, peer, arguments)?;
@@ -288,7 +362,7 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
 fn receiver_command(arguments: &Arguments, target: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.args(["-v-2", "copy", "-d"]).arg(target);
-    if let Some(format) = arguments.format.and_then(|format| format.to_possible_value()) {
+    if let Some(format) = arguments.format().and_then(|format| format.to_possible_value()) {
         command.arg("-f").arg(format.get_name());
     }
     if let Some(sectors) = arguments.cluster_sectors {
@@ -378,6 +452,7 @@ impl Origin {
             passes_max: arguments.passes.map(|passes| u32::try_from(passes).unwrap_or(u32::MAX)),
             stall_timeout_s: arguments.stall_timeout,
             freeze_stall_timeout_s: Some(arguments.freeze_stall_timeout),
+            is_original: arguments.protocol == 1,
         };
         match self {
             Self::Served(_, entry) => send_served(entry, wishes, link, &mut quiesce, cancel, progress),
@@ -400,7 +475,7 @@ fn send_closed(
     let sent = {
         let mut source = DiskSource::new(&disk)?;
         let observer = observer(Some(progress));
-        send(&mut source, quiesce, link, &wishes.send_options(cancel.clone()), &observer)
+        wishes.send(&mut source, quiesce, link, cancel.clone(), &observer)
     };
     let closed = disk.close();
     let report = sent?;
@@ -421,9 +496,7 @@ fn send_served(
     let output =
         link.output.ok_or_else(|| Error::new(ErrorKind::Parameter, "a copy needs somewhere to go"))?;
     let request = CopyRequest { two_way: link.input.is_some(), wishes };
-    let (leash, own_end) = nix::unistd::pipe2(OFlag::O_CLOEXEC)
-        .map_err(|errno| Error::io(ErrorKind::System, "make a pipe", errno.into()))?;
-    cut_when_cancelled(own_end, cancel.clone())?;
+    let leash = leash::hold(cancel)?;
     cancel_when_closed(connection.try_clone()?, cancel.clone())?;
     {
         let mut descriptors = vec![output.as_fd()];
@@ -453,17 +526,4 @@ fn cancel_when_closed(connection: Connection, cancel: Cancel) -> Result<()> {
         .spawn(watch)
         .map(drop)
         .map_err(|cause| Error::io(ErrorKind::System, "start the thread that watches the server", cause))
-}
-
-/// Holds the leash of the copy until it is cancelled; the end of this process lets it go as well.
-fn cut_when_cancelled(leash: OwnedFd, cancel: Cancel) -> Result<()> {
-    let hold = move || {
-        cancel.wait();
-        drop(leash);
-    };
-    std::thread::Builder::new()
-        .name("leash".into())
-        .spawn(hold)
-        .map(drop)
-        .map_err(|cause| Error::io(ErrorKind::System, "start the thread that holds the leash", cause))
 }

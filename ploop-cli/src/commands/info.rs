@@ -1,30 +1,47 @@
 //! `ploop info`: what a disk is, from its descriptor and images, without changing anything.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use ploop_core::device::runtime::Runtime;
+use ploop_core::format::DESCRIPTOR_NAME;
 use ploop_core::ops::info::{InfoOptions, InfoReport, info};
 use ploop_core::units::SECTOR_BYTES;
+use ploop_core::{Error, ErrorKind};
 use serde::Serialize;
 
 use crate::exit::Outcome;
 use crate::output::{Output, Report, human_bytes};
+use crate::serving::{self, Status};
+use crate::space_used::{self, SpaceUsed};
 
 /// Show what a disk is
+///
+/// `fragmented` compares clusters that follow each other on the guest's disk and lie in one image: the share of those
+/// that do not follow each other in the file.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Print size, cluster size and version only, as `size: N blocksize: N fmt_version: N`, in sectors
     #[arg(short = 's', long = "size")]
     size_only: bool,
 
-    /// The DiskDescriptor.xml of the disk, its folder or its image file
+    /// A disk that is served, by its block device
+    #[arg(short = 'd', long = "device", value_name = "DEVICE", conflicts_with = "disk")]
+    device: Option<PathBuf>,
+
+    /// The DiskDescriptor.xml of the disk, its folder or its image file; of a running one also its device or mount point
     #[arg(value_name = "DISK", default_value = "DiskDescriptor.xml")]
     disk: PathBuf,
 }
 
 /// All of it.
 #[derive(Serialize)]
-struct Whole<'a>(&'a InfoReport);
+struct Whole<'a> {
+    #[serde(flatten)]
+    disk: &'a InfoReport,
+    /// How full its file system is, or was when it was last unmounted; none when that is not known.
+    file_system: Option<SpaceUsed>,
+}
 
 /// Size, cluster size and version, as the original prints them.
 #[derive(Serialize)]
@@ -47,7 +64,7 @@ impl Report for Sizes {
 
 impl Report for Whole<'_> {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
-        let disk = self.0;
+        let disk = self.disk;
         if let Some(descriptor) = &disk.descriptor {
             writeln!(out, "descriptor:  {}", descriptor.display())?;
         }
@@ -69,22 +86,79 @@ impl Report for Whole<'_> {
         writeln!(out, "state:       {state}")?;
         let taken = (human_bytes(disk.file_bytes), human_bytes(disk.host_bytes));
         writeln!(out, "files:       {} long, {} on the host", taken.0, taken.1)?;
-        writeln!(out, "clusters:    {} allocated", disk.allocated_clusters)?;
+        writeln!(
+            out,
+            "clusters:    {} allocated, {} free inside",
+            disk.allocated_clusters, disk.free_clusters
+        )?;
+        let per_mille = disk.fragmentation_per_mille;
+        writeln!(out, "fragmented:  {}.{} % of neighbouring clusters", per_mille / 10, per_mille % 10)?;
         writeln!(out, "snapshots:   {}", disk.snapshots)?;
         for image in &disk.images {
             let current = if image.current { "*" } else { " " };
             let guid = image.guid.as_deref().unwrap_or("-");
-            writeln!(out, "image:     {current} {guid} {} ({})", image.file, human_bytes(image.file_bytes))?;
+            let lengths = (human_bytes(image.file_bytes), human_bytes(image.host_bytes));
+            writeln!(
+                out,
+                "image:     {current} {guid} {} ({} long, {} on the host)",
+                image.file, lengths.0, lengths.1
+            )?;
+            writeln!(
+                out,
+                "             {} clusters, {} free inside, {} of {} neighbours apart",
+                image.allocated_clusters, image.free_clusters, image.breaks, image.neighbours
+            )?;
             if let Some(problem) = &image.problem {
                 writeln!(out, "             problem: {problem}")?;
             }
+        }
+        if let Some(used) = &self.file_system {
+            // Read by scripts, which look for the first word.
+            writeln!(out, "{:<11} {:>14} {:>14}", "resource", "Size", "Used")?;
+            let (blocks, inodes) = (used.kib(), used.inodes());
+            writeln!(out, "{:<11} {:>14} {:>14}", "1k-blocks", blocks.0, blocks.1)?;
+            writeln!(out, "{:<11} {:>14} {:>14}", "inodes", inodes.0, inodes.1)?;
         }
         Ok(())
     }
 }
 
+/// Whether a path is that of a descriptor, of its folder, or of an image, rather than of a device or a mount point.
+fn names_files(path: &Path) -> bool {
+    path.is_file() || path.join(DESCRIPTOR_NAME).is_file()
+}
+
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
-    let report = info(&InfoOptions { path: arguments.disk.clone() })?;
+    let named = arguments.device.as_ref().unwrap_or(&arguments.disk);
+    // Of a running disk its server knows more than the files: what is not in the table yet. Whether it runs is an
+    // extra: a user without a run-time folder has mounted nothing.
+    let runtime = Runtime::of_user();
+    let served = match &runtime {
+        Ok(runtime) => runtime.find(named).unwrap_or_default(),
+        Err(error) if arguments.device.is_some() => return Err(error.clone().into()),
+        Err(_) => None,
+    };
+    let path = match &served {
+        // Named by its device or mount point, or in another way that is no file of the disk.
+        Some(state) if arguments.device.is_some() || !names_files(named) => {
+            let top = state.images.last();
+            state.descriptor.as_ref().or(top).map(|file| file.path.clone()).unwrap_or_else(|| named.clone())
+        }
+        None if arguments.device.is_some() => {
+            return Err(Error::new(ErrorKind::NotMounted, "this is no mounted disk of ploop")
+                .at_path(named)
+                .advise("`ploop list` shows what is mounted")
+                .into());
+        }
+        _ => named.clone(),
+    };
+    let mut report = info(&InfoOptions { path: path.clone() })?;
+    if let (Ok(runtime), Some(state)) = (&runtime, &served)
+        && state.open.snapshot.is_none()
+        && let Ok(Status { space: Some(space), .. }) = serving::status_of(&runtime.entry(&state.id))
+    {
+        report = report.with_running_top(&space);
+    }
     if arguments.size_only {
         return output.report(&Sizes {
             size: report.disk_bytes / SECTOR_BYTES,
@@ -92,5 +166,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
             fmt_version: report.version.unwrap_or(0),
         });
     }
-    output.report(&Whole(&report))
+    let folder = if path.is_dir() { Some(path.as_path()) } else { path.parent() };
+    let file_system =
+        served.as_ref().and_then(space_used::of_served).or_else(|| SpaceUsed::remembered(folder?));
+    output.report(&Whole { disk: &report, file_system })
 }

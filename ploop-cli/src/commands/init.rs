@@ -38,6 +38,10 @@ pub(crate) struct Arguments {
     #[arg(short = 'f', long = "format", value_name = "FORMAT", default_value = "expanded")]
     format: Format,
 
+    /// Leave a raw image as one hole; without this the host's space is reserved for all of it
+    #[arg(short = 'S', long = "sparse")]
+    sparse: bool,
+
     /// Version of the image format
     #[arg(short = 'v', long = "version", value_name = "1|2", default_value = "2")]
     version: ImageVersion,
@@ -142,7 +146,7 @@ impl Report for Made {
 
 impl Format {
     /// The library's word.
-    fn mode(self) -> Mode {
+    pub(crate) fn mode(self) -> Mode {
         match self {
             Self::Expanded => Mode::Expanded,
             Self::Preallocated => Mode::Preallocated,
@@ -153,7 +157,7 @@ impl Format {
 
 impl ImageVersion {
     /// The library's word.
-    fn version(self) -> Version {
+    pub(crate) fn version(self) -> Version {
         match self {
             Self::One => Version::V1,
             Self::Two => Version::V2,
@@ -202,8 +206,14 @@ fn create_options(arguments: &Arguments) -> Result<CreateOptions> {
             .at_path(folder)
             .advise("make the folder first"));
     }
+    if arguments.sparse && arguments.format != Format::Raw {
+        return Err(named("only a raw image can be made sparse (-S)").advise(
+            "an expanded image takes no more space than it holds data; a preallocated one is all there",
+        ));
+    }
     Ok(CreateOptions {
         version: arguments.version.version(),
+        reserve_raw: arguments.format == Format::Raw && !arguments.sparse,
         cluster: Sectors(arguments.cluster_sectors),
         mode: arguments.format.mode(),
         ..CreateOptions::new(folder, file, arguments.size)
@@ -297,7 +307,7 @@ fn make(served: &Served, options: &file_system::Options, output: &Output) -> Res
 }
 
 /// Takes the files of a failed init away.
-fn withdraw(disk: &CreateReport, error: Error) -> Error {
+pub(crate) fn withdraw(disk: &CreateReport, error: Error) -> Error {
     // The descriptor first: it must never name an image that is gone. Its lock file guards nothing any more.
     let lock = disk.descriptor.with_extension("xml.lck");
     for path in [&disk.descriptor, &disk.image, &lock] {

@@ -12,7 +12,7 @@ use crate::serving;
 
 /// List the disks that are served
 ///
-/// One line for each: block device, image (or descriptor), mount point.
+/// One line for each: block device, image (or descriptor), mount point, component.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Also show the processes and the state
@@ -41,6 +41,7 @@ struct Line {
     device: Option<PathBuf>,
     disk: PathBuf,
     mount_points: Vec<PathBuf>,
+    component: Option<String>,
     read_only: bool,
     size_bytes: Option<u64>,
     keeper: Option<u32>,
@@ -64,6 +65,9 @@ impl Report for Lines {
             write!(out, "{device:<12} {}", line.disk.display())?;
             for point in &line.mount_points {
                 write!(out, " {}", point.display())?;
+            }
+            if let Some(component) = &line.component {
+                write!(out, " {component}")?;
             }
             if self.all || line.health != Health::Running {
                 let id = |id: Option<u32>| id.map_or_else(|| "-".to_owned(), |id| id.to_string());
@@ -113,6 +117,7 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         health,
         disk: state.descriptor.map(|file| file.path).or(top).unwrap_or_default(),
         mount_points,
+        component: state.component,
         read_only: state.open.read_only,
         size_bytes: state.size_bytes,
         keeper: state.keeper.map(|process| process.id),

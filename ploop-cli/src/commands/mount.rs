@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use clap::ValueEnum;
 use ploop_core::device::runtime::PartitionRange;
+use ploop_core::format::Guid;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
@@ -15,6 +16,7 @@ use crate::exit::Outcome;
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report};
 use crate::serving::{self, ServeOptions, Served};
+use crate::space_used;
 
 /// Make a disk a block device and mount its file system
 ///
@@ -64,6 +66,10 @@ pub(crate) struct Arguments {
     #[arg(short = 'u', long = "uuid", value_name = "UUID")]
     snapshot: Option<String>,
 
+    /// A name for this use of the disk, where several mount the same images read-only: `umount -c` finds it by it
+    #[arg(short = 'c', long = "component", value_name = "COMPONENT", value_parser = component)]
+    component: Option<String>,
+
     /// Show the whole disk, with its partition table
     #[arg(short = 'n', long = "no-partition")]
     whole_disk: bool,
@@ -95,8 +101,9 @@ pub(crate) enum BaseFormat {
 
 /// What was mounted.
 #[derive(Debug, Serialize)]
-struct Mounted {
-    device: PathBuf,
+pub(crate) struct Mounted {
+    /// Its block device.
+    pub(crate) device: PathBuf,
     mount_point: Option<PathBuf>,
     id: String,
     size_bytes: Option<u64>,
@@ -110,10 +117,48 @@ impl Report for Mounted {
     }
 }
 
+impl Arguments {
+    /// Those that mount a snapshot, for a use of its own.
+    pub(crate) fn of_snapshot(
+        disk: PathBuf,
+        snapshot: String,
+        component: String,
+        at: Option<PathBuf>,
+    ) -> Self {
+        Self {
+            read_only: true,
+            check: false,
+            format: BaseFormat::Image,
+            cluster_sectors: None,
+            device: None,
+            mount_point: at,
+            file_system: None,
+            options: None,
+            snapshot: Some(snapshot),
+            component: Some(component),
+            whole_disk: false,
+            threads: 1,
+            allow_reclaim_stall: false,
+            disks: vec![disk],
+        }
+    }
+
+    /// The same with options for mount(8).
+    pub(crate) fn with_options(self, file_system: Option<String>, options: Option<String>) -> Self {
+        Self { file_system, options, ..self }
+    }
+}
+
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    output.report(&serve(arguments, output)?)
+}
+
+/// Serves a disk and mounts it where that is asked for. Whatever fails is undone.
+pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
+    let read_only = arguments.read_only || is_snapshot(arguments.snapshot.as_deref());
     let request = open::resolve(&Wanted {
         disks: arguments.disks.clone(),
-        read_only: arguments.read_only,
+        read_only,
         raw_base: arguments.format == BaseFormat::Raw,
         cluster_sectors: arguments.cluster_sectors,
         snapshot: arguments.snapshot.clone(),
@@ -126,27 +171,44 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
             threads: usize::from(arguments.threads),
             device: arguments.device.clone(),
             whole_disk: arguments.whole_disk,
+            component: arguments.component.clone(),
+            without_device: false,
         },
     )?;
-    match mount(&served, arguments, mount_point.as_deref()) {
-        Ok(device) => output.report(&Mounted {
+    match mount(&served, arguments, mount_point.as_deref(), read_only) {
+        Ok(device) => Ok(Mounted {
             device,
             mount_point,
             id: served.state.id.clone(),
             size_bytes: served.entry.state()?.size_bytes,
             partition: served.state.partition,
-            read_only: arguments.read_only,
+            read_only,
         }),
         Err(error) => {
             if let Err(second) = serving::end(&served) {
                 output.error(&second);
             }
-            Err(error.into())
+            Err(error)
         }
     }
 }
 
-fn check_mount_point(point: &Path) -> Result<PathBuf> {
+/// A name that the original would take as well: it goes into a field of 64 bytes.
+pub(crate) fn component(text: &str) -> std::result::Result<String, String> {
+    let is_plain = |byte: u8| byte.is_ascii_graphic() && byte != b'/';
+    if text.is_empty() || text.len() > 63 || !text.bytes().all(is_plain) {
+        return Err("a name of at most 63 letters, digits and signs, without / and blanks".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+/// Whether what was chosen is a frozen state, which is only ever read.
+fn is_snapshot(chosen: Option<&str>) -> bool {
+    chosen.is_some_and(|chosen| chosen.parse::<Guid>().ok() != Some(Guid::TOP))
+}
+
+/// The folder to mount at, absolute.
+pub(crate) fn check_mount_point(point: &Path) -> Result<PathBuf> {
     let found = std::fs::canonicalize(point)
         .map_err(|cause| Error::io(ErrorKind::Mount, "find the mount point", cause).at_path(point))?;
     if found.is_dir() {
@@ -157,18 +219,21 @@ fn check_mount_point(point: &Path) -> Result<PathBuf> {
 }
 
 /// Checks and mounts the file system as far as asked; the device.
-fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>) -> Result<PathBuf> {
+fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only: bool) -> Result<PathBuf> {
     let device = served.state.loop_device.clone().ok_or_else(|| {
         Error::new(ErrorKind::Device, "the disk has no loop device").at_path(served.entry.path())
     })?;
     if arguments.check {
-        check_file_system(&device, arguments)?;
+        check_file_system(&device, arguments, read_only)?;
     }
     let Some(point) = point else { return Ok(device) };
     // Remembered first: umount finds it also when somebody unmounts the file system by hand.
     served.entry.update(|state| state.mount_points.push(point.to_path_buf()))?;
+    if let Some(folder) = space_used::record_folder(&served.state) {
+        space_used::SpaceUsed::forget(&folder);
+    }
     let mut line: Vec<OsString> = Vec::new();
-    if arguments.read_only {
+    if read_only {
         line.push("-r".into());
     }
     for (option, value) in [("-t", &arguments.file_system), ("-o", &arguments.options)] {
@@ -188,14 +253,14 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>) -> Result
     Ok(device)
 }
 
-fn check_file_system(device: &Path, arguments: &Arguments) -> Result<()> {
+fn check_file_system(device: &Path, arguments: &Arguments, read_only: bool) -> Result<()> {
     let mut line: Vec<OsString> = vec!["-T".into()];
     if let Some(kind) = &arguments.file_system {
         line.extend(["-t".into(), kind.into()]);
     }
     line.push(device.into());
     // Repairs what can be repaired without asking; looks only on a disk that refuses writes.
-    line.push(if arguments.read_only { "-n" } else { "-p" }.into());
+    line.push(if read_only { "-n" } else { "-p" }.into());
     let (status, text) = run_program("fsck", &line, ErrorKind::FileSystemCheck)?;
     // 1: errors were found and corrected.
     if status & !1 != 0 {
@@ -209,7 +274,7 @@ fn check_file_system(device: &Path, arguments: &Arguments) -> Result<()> {
 }
 
 /// Runs a program and waits: its exit code and what it said.
-fn run_program(name: &str, line: &[OsString], kind: ErrorKind) -> Result<(i32, String)> {
+pub(crate) fn run_program(name: &str, line: &[OsString], kind: ErrorKind) -> Result<(i32, String)> {
     let output = Command::new(name)
         .args(line)
         .stdin(Stdio::null())

@@ -15,22 +15,29 @@ use ploop_core::device::fuse::keeper::{self, Mode, Protection};
 use ploop_core::device::fuse::server::{ServerOptions, Serving};
 use ploop_core::device::fuse::survivor::{FileIdentity, Legacy, Survivor};
 use ploop_core::device::fuse::sys::{self, FuseDevice};
-use ploop_core::device::runtime::{Entry, Failure};
+use ploop_core::device::runtime::{Entry, Failure, ImageFile};
 use ploop_core::device::{Disk, DiskOptions};
 use ploop_core::format::Chain;
+use ploop_core::ops::{self, CompactOptions};
 use ploop_core::{Error, ErrorKind, Result};
 use serde_json::Value;
 
+use crate::commands::{compact, map};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
+use crate::job_service::{self, Turns};
 use crate::open::{self, Manner};
 use crate::output::Output;
+use crate::resize_service;
 use crate::serving::Status;
+use crate::snapshot_service::{self, SnapshotService};
 
 /// How long a successor waits for the locks of the dead server, which end with its last transfer.
 const LOCK_WAIT: Duration = Duration::from_secs(60);
 /// How long the last answers may take to go out.
 const ANSWERS_MAX: Duration = Duration::from_secs(5);
+/// How long copies and jobs may take to end when the disk is closed.
+const JOBS_END_MAX: Duration = Duration::from_secs(60);
 /// How often the end that was ordered by a signal is tried while the disk is in use.
 const END_RETRY: Duration = Duration::from_secs(1);
 
@@ -96,6 +103,8 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     };
     let chain = open_chain(entry, arguments, &survivor, output)?;
     let images = open::files_of(&chain)?;
+    // A dead server may have put another file in its place and not come to say so.
+    let descriptor = entry.state()?.open.descriptor.map(|path| ImageFile::at(&path)).transpose()?;
     let disk = Disk::open(
         chain,
         DiskOptions {
@@ -108,11 +117,13 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         return disk.close();
     }
     let outcome = Arc::new(Ending::default());
-    let control = ControlServer::start(&entry.socket(), handlers(entry, &disk, &outcome))?;
+    let turns = Arc::new(Turns::default());
+    let control = ControlServer::start(&entry.socket(), handlers(entry, &disk, &outcome, &turns))?;
     let serving = Serving::start(fuse, Arc::clone(&disk), Arc::clone(&survivor), &options)?;
     entry.update(|state| {
         state.size_bytes = Some(disk.size_bytes());
         state.images = images;
+        state.descriptor = descriptor.or(state.descriptor.take());
     })?;
     survivor.set_ready()?;
     start_signal_thread(signals, entry.clone(), Arc::clone(&disk))?;
@@ -120,6 +131,8 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     // A failure leaves everything to a successor: nothing is closed here.
     serving.wait()?;
     survivor.set_stopped()?;
+    // They have queues of their own, with which the image cannot be closed.
+    turns.end(JOBS_END_MAX);
     let closed = disk.close();
     outcome.set(closed.clone());
     control.stop(ANSWERS_MAX);
@@ -198,14 +211,39 @@ impl Ending {
 }
 
 /// What can be asked of a server.
-fn handlers(entry: &Entry, disk: &Arc<Disk>, ending: &Arc<Ending>) -> Handlers {
+fn handlers(entry: &Entry, disk: &Arc<Disk>, ending: &Arc<Ending>, turns: &Arc<Turns>) -> Handlers {
     let (status_disk, stop_entry, stop_ending) = (Arc::clone(disk), entry.clone(), Arc::clone(ending));
-    let copies = CopyService::new(Arc::clone(disk));
+    let (compact_disk, map_disk) = (Arc::clone(disk), Arc::clone(disk));
+    let turns = Arc::clone(turns);
+    let copies = CopyService::new(Arc::clone(disk), Arc::clone(&turns));
+    let snapshots = Arc::new(SnapshotService::new(Arc::clone(disk), entry.clone(), Arc::clone(&turns)));
+    let deletes = Arc::clone(&snapshots);
     Handlers::new()
         .with("status", move |_, _, _| status(&status_disk))
+        .with(resize_service::VERB, {
+            let (entry, disk, turns) = (entry.clone(), Arc::clone(disk), Arc::clone(&turns));
+            move |connection, arguments, descriptors| {
+                resize_service::serve(&turns, &entry, &disk, (connection, arguments, descriptors))
+            }
+        })
         .with("stop", move |_, _, _| {
             unmount_exported(&stop_entry)?;
             stop_ending.wait().map(|()| Value::Null)
+        })
+        .with(map::VERB, move |connection, _, _| map::serve(&map_disk.chain(), connection))
+        .with(compact::VERB.0, move |connection, arguments, descriptors| {
+            job_service::serve(
+                &turns,
+                compact::VERB,
+                (connection, arguments, descriptors),
+                |options: CompactOptions, progress| ops::compact_running(&compact_disk, &options, progress),
+            )
+        })
+        .with(snapshot_service::SNAPSHOT, move |connection, arguments, _| {
+            snapshots.snapshot(connection, arguments)
+        })
+        .with(snapshot_service::DELETE, move |connection, arguments, descriptors| {
+            deletes.delete(connection, arguments, descriptors)
         })
         .with(copy_service::VERB, move |connection, arguments, descriptors| {
             copies.serve(connection, arguments, descriptors)
@@ -220,6 +258,8 @@ fn status(disk: &Disk) -> Result<Value> {
         read_only: disk.is_read_only(),
         poisoned: disk.is_poisoned(),
         pending_entries: disk.chain().pending() as u64,
+        top_image: Some(disk.chain().name(disk.chain().top()).to_path_buf()),
+        space: Some(ops::space_of_top(&disk.chain())?),
     };
     serde_json::to_value(status)
         .map_err(|cause| Error::io(ErrorKind::System, "write the status", cause.into()))

@@ -3,18 +3,20 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use ploop_core::device::runtime::Runtime;
-use ploop_core::{Error, ErrorKind};
+use ploop_core::device::runtime::{Runtime, State};
+use ploop_core::format::{Shot, Transition};
+use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::exit::Outcome;
 use crate::output::{Output, Report};
 use crate::serving::{self, Served};
+use crate::{open, space_used};
 
 /// Unmount a disk and stop its device
 ///
 /// Unmounts the file system wherever it is mounted, takes the block device away, and closes the image. When it returns with
-/// success, everything is durable and the image is marked as closed.
+/// success, everything is durable and the image is marked as closed. A temporary snapshot is deleted with its last use.
 #[derive(Debug, clap::Args)]
 #[command(
     group(clap::ArgGroup::new("which").args(["device", "mount_point", "disk"]).required(true)),
@@ -29,6 +31,10 @@ pub(crate) struct Arguments {
     /// Where the file system is mounted
     #[arg(short = 'm', long = "mount-point", value_name = "DIR")]
     mount_point: Option<PathBuf>,
+
+    /// The use of the disk that was mounted with this name
+    #[arg(short = 'c', long = "component", value_name = "COMPONENT", requires = "disk", value_parser = super::mount::component)]
+    component: Option<String>,
 
     /// Device, mount point, DiskDescriptor.xml, its folder, or an image file
     #[arg(value_name = "DISK")]
@@ -48,6 +54,23 @@ impl Report for Unmounted {
     }
 }
 
+/// Deletes the snapshot that was mounted, if it is temporary and this was its last use.
+fn delete_temporary(runtime: &Runtime, ended: &State, output: &Output) -> Result<()> {
+    let (Some(path), Some(snapshot)) = (&ended.open.descriptor, open::snapshot_of(&ended.open)?) else {
+        return Ok(());
+    };
+    let (_, descriptor) = open::load(path)?;
+    let is_temporary = descriptor.shot(snapshot).and_then(Shot::transition) == Some(Transition::Temporary);
+    let is_used = |other: &State| {
+        other.open.descriptor == ended.open.descriptor
+            && open::snapshot_of(&other.open).is_ok_and(|state| state == Some(snapshot))
+    };
+    if !is_temporary || runtime.states()?.iter().any(is_used) {
+        return Ok(());
+    }
+    super::tsnapshot::delete(path, snapshot, output)
+}
+
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let named = [&arguments.device, &arguments.mount_point, &arguments.disk];
     let name: &Path = named
@@ -56,15 +79,31 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         .next()
         .ok_or_else(|| Error::new(ErrorKind::Parameter, "say which disk to unmount"))?;
     let runtime = Runtime::of_user()?;
-    let state = runtime.find(name)?.ok_or_else(|| {
-        Error::new(ErrorKind::NotMounted, "the disk is not mounted")
-            .at_path(name)
-            .advise("`ploop list` shows what is mounted")
+    let found = match &arguments.component {
+        Some(component) => runtime.find_component(name, component)?,
+        None => runtime.find(name)?,
+    };
+    let state = found.ok_or_else(|| {
+        let message = match &arguments.component {
+            Some(component) => format!("the disk is not mounted as {component}"),
+            None => "the disk is not mounted".to_owned(),
+        };
+        Error::new(ErrorKind::NotMounted, message).at_path(name).advise("`ploop list` shows what is mounted")
     })?;
+    if let Some(folder) = space_used::record_folder(&state)
+        && let Some(used) = space_used::of_served(&state)
+        && let Err(cause) = used.remember(&folder)
+    {
+        output.warn(&format!("{}: how full the disk is was not remembered: {cause}", folder.display()));
+    }
     if let Some(device) = &state.loop_device {
         serving::unmount_all(device)?;
     }
     let served = Served { entry: runtime.entry(&state.id), state };
     serving::end(&served)?;
+    if let Err(error) = delete_temporary(&runtime, &served.state, output) {
+        output.warn("the temporary snapshot stays, and goes with the next command that deletes a snapshot:");
+        output.error(&error);
+    }
     output.report(&Unmounted { id: served.state.id, device: served.state.loop_device })
 }

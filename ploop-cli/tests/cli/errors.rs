@@ -57,7 +57,7 @@ fn receive(stream: &[u8], target: &Path) -> Ran {
 
 #[test]
 fn missing_and_foreign_files() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = crate::referee::folder();
     let missing = folder.path().join("missing.hds");
     ploop(&["info", text(&missing)]).failed_with(4, &["missing.hds"]);
     let foreign = folder.path().join("foreign.hds");
@@ -73,11 +73,11 @@ fn missing_and_foreign_files() {
 
 #[test]
 fn init_makes_all_or_nothing() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = crate::referee::folder();
     let image = bare_image(folder.path());
     let before = fs::read(&image).unwrap();
     assert_eq!(names(folder.path()), ["DiskDescriptor.xml", "disk.hds"]);
-    ploop(&["init", "-s", "64M", "-t", "none", text(&image)]).failed_with(38, &["disk.hds"]);
+    ploop(&["init", "-s", "64M", "-t", "none", text(&image)]).failed_with(38, &["the file exists"]);
     assert_eq!(fs::read(&image).unwrap(), before, "an existing image was changed");
 
     let other = folder.path().join("other");
@@ -108,7 +108,7 @@ fn init_of_a_file_system_says_that_it_needs_root() {
         println!("SKIP: becoming another user needs root");
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let folder = crate::referee::folder();
     std::os::unix::fs::chown(folder.path(), Some(65534), Some(65534)).unwrap();
     // Where the other user can run it.
     let copy = folder.path().join("ploop");
@@ -132,7 +132,7 @@ fn init_of_a_file_system_says_that_it_needs_root() {
 
 #[test]
 fn copies_of_a_closed_image_and_the_target_that_exists() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = crate::referee::folder();
     let image = bare_image(&folder.path().join("source"));
     let target = folder.path().join("target/disk.hds");
     fs::create_dir(target.parent().unwrap()).unwrap();
@@ -158,7 +158,7 @@ fn copies_of_a_closed_image_and_the_target_that_exists() {
 
 #[test]
 fn damaged_streams_leave_no_file() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = crate::referee::folder();
     let image = bare_image(&folder.path().join("source"));
     let stream = stream_of(&image);
     let other = folder.path().join("other");
@@ -189,7 +189,7 @@ fn damaged_streams_leave_no_file() {
 
 #[test]
 fn a_stream_does_not_go_to_a_terminal() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = crate::referee::folder();
     let image = bare_image(folder.path());
     let terminal = nix::pty::openpty(None, None).unwrap();
     let slave = terminal.slave;
@@ -459,7 +459,7 @@ fn a_server_killed_while_it_copies_is_succeeded_and_leaves_no_file() {
 
 #[test]
 fn copies_keep_the_bytes_in_every_format() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = crate::referee::folder();
     let place = |name: &str| -> PathBuf {
         fs::create_dir(folder.path().join(name)).unwrap();
         folder.path().join(name).join("disk.hds")

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
+use crate::referee::JudgedFolder;
 
 /// One run of `ploop` that has ended.
 #[derive(Debug)]
@@ -96,8 +96,8 @@ impl Hook {
 pub(crate) struct Stage {
     ploop: PathBuf,
     points: Mutex<Vec<PathBuf>>,
-    /// Removed last, when nothing in it is mounted any more.
-    folder: TempDir,
+    /// Judged and removed last, when nothing in it is mounted any more.
+    folder: JudgedFolder,
 }
 
 impl Stage {
@@ -116,7 +116,7 @@ impl Stage {
     }
 
     /// A place in `folder` for the command `ploop`.
-    pub(crate) fn new(ploop: &Path, folder: TempDir) -> io::Result<Self> {
+    pub(crate) fn new(ploop: &Path, folder: JudgedFolder) -> io::Result<Self> {
         fs::create_dir_all(folder.path().join("run"))?;
         Ok(Self { ploop: ploop.to_owned(), points: Mutex::default(), folder })
     }

@@ -42,6 +42,6 @@ pub(crate) fn stage() -> Option<Stage> {
         println!("SKIP: {reason}");
         return None;
     }
-    let folder = tempfile::tempdir().expect("make a temporary folder");
+    let folder = crate::referee::folder();
     Some(Stage::new(Path::new(PLOOP), folder).expect("make a stage"))
 }

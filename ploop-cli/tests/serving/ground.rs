@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use crate::referee::{self, JudgedFolder};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use ploop_core::device::runtime::{Runtime, State};
 use ploop_core::io::IoBuf;
 use ploop_core::ops;
 use ploop_core::units::Sectors;
-use tempfile::TempDir;
 
 /// The command under test.
 const PLOOP: &str = env!("CARGO_BIN_EXE_ploop");
@@ -38,7 +38,7 @@ pub(crate) fn can_take_over() -> bool {
 
 /// A test's own folder. Whatever is mounted and served in it ends with it.
 pub(crate) struct Ground {
-    folder: TempDir,
+    folder: JudgedFolder,
 }
 
 impl Ground {
@@ -48,7 +48,7 @@ impl Ground {
             println!("SKIP: {reason}");
             return None;
         }
-        Some(Self { folder: tempfile::tempdir().expect("make a folder") })
+        Some(Self { folder: referee::folder() })
     }
 
     /// A path in the folder.
@@ -205,6 +205,12 @@ impl Direct {
     pub(crate) fn open(device: &Path) -> Self {
         let file =
             fs::OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_DIRECT).open(device);
+        Self(file.unwrap_or_else(|error| panic!("{}: {error}", device.display())))
+    }
+
+    /// For a device that refuses writes.
+    pub(crate) fn open_to_read(device: &Path) -> Self {
+        let file = fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_DIRECT).open(device);
         Self(file.unwrap_or_else(|error| panic!("{}: {error}", device.display())))
     }
 

@@ -5,3 +5,9 @@
 mod death;
 mod ground;
 mod life;
+#[path = "../../../ploop-core/tests/referee/mod.rs"]
+mod referee;
+mod resize;
+mod snapshot_commands;
+mod snapshots;
+mod space;

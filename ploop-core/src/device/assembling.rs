@@ -29,6 +29,8 @@ pub(super) enum Background {
     Below { cluster_start: u64, skips_zeros: bool },
     /// What the place itself holds.
     Itself,
+    /// What another place of the same file holds, from byte `offset` on. `skips_zeros` as above.
+    Elsewhere { offset: u64, skips_zeros: bool },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -212,8 +214,12 @@ impl Queue {
             assembly.exchange(data.as_mut());
             if let Job::Write(background) = assembly.job {
                 let piece = assembly.piece;
-                let is_needless = matches!(background, Background::Below { skips_zeros: true, .. })
-                    && assembly.bytes(piece).is_some_and(|bytes| crate::io::buffer::is_zero(bytes));
+                let is_needless =
+                    matches!(
+                        background,
+                        Background::Below { skips_zeros: true, .. }
+                            | Background::Elsewhere { skips_zeros: true, .. }
+                    ) && assembly.bytes(piece).is_some_and(|bytes| crate::io::buffer::is_zero(bytes));
                 if !is_needless {
                     return self.write_piece(assembly);
                 }
@@ -241,7 +247,7 @@ impl Queue {
                 }
                 nothing
             }
-            Job::Write(Background::Below { .. } | Background::Itself) => {
+            Job::Write(Background::Below { .. } | Background::Itself | Background::Elsewhere { .. }) => {
                 uncovered(piece, assembly.overlay).map_or(nothing, |range| hull(range, unit).clip(&piece))
             }
         };
@@ -286,6 +292,9 @@ impl Queue {
                             (self.slots[delta], offset.0, len)
                         }
                     }
+                }
+                Job::Write(Background::Elsewhere { offset, .. }) => {
+                    (assembly.file, offset + unread.start(), unread.len())
                 }
                 _ => (assembly.file, assembly.base + unread.start(), unread.len()),
             };

@@ -7,10 +7,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::{Completion, Disk, Op, Queue, Request};
+use super::{Completion, Destination, Disk, Op, Queue, Request};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
 use crate::io::{IoBuf, IoQueue, Wait};
+use crate::units::GuestCluster;
 
 /// Bytes per request of a large write.
 const PIECE_BYTES: usize = 1 << 20;
@@ -177,6 +178,15 @@ impl Client {
     pub fn discard(&mut self, extent: Extent) -> Result<()> {
         let id = self.submit(Op::Discard, extent, None);
         self.finish(id, ErrorKind::Write, "discard", extent).map(drop)
+    }
+
+    /// Moves a cluster to another place in the top's file; whether it lies in such a place now. It does not when the top
+    /// lacks it, or no such place is free.
+    pub fn relocate(&mut self, cluster: GuestCluster, to: Destination) -> Result<bool> {
+        let extent = self.disk().chain().geometry().cluster_extent(cluster);
+        let id = self.submit(Op::Relocate(to), extent, None);
+        self.finish(id, ErrorKind::Relocation, "move", extent)?;
+        Ok(self.disk().chain().place_of(cluster).is_some_and(|place| to.contains(place)))
     }
 
     /// Makes everything durable that was answered before.

@@ -16,6 +16,7 @@ use super::allocating::ClusterLocks;
 use super::flusher::{Flusher, Limits, Outcome, Ticket};
 use super::gate::Gate;
 use super::pending::{NoPendingLog, PendingLog};
+use super::presence::Readers;
 use super::queue::Queue;
 use super::split::Layout;
 use crate::error::{Error, ErrorKind, Result};
@@ -86,6 +87,8 @@ pub struct Statistics {
     pub allocated_clusters: u64,
     /// Clusters freed by a discard.
     pub freed_clusters: u64,
+    /// Clusters moved to another place in the top's file.
+    pub moved_clusters: u64,
     /// Bytes read from deltas below to complete fresh clusters.
     pub copied_up_bytes: u64,
     /// Times a request waited for another one's work on a cluster.
@@ -107,6 +110,7 @@ pub(super) struct Counters {
     pub(super) errors: AtomicU64,
     pub(super) allocated_clusters: AtomicU64,
     pub(super) freed_clusters: AtomicU64,
+    pub(super) moved_clusters: AtomicU64,
     pub(super) copied_up_bytes: AtomicU64,
     pub(super) cluster_waits: AtomicU64,
 }
@@ -118,14 +122,21 @@ pub(super) fn count(counter: &AtomicU64, by: u64) {
 /// A served disk.
 pub struct Disk {
     pub(super) options: DiskOptions,
-    pub(super) layout: Layout,
+    cluster_bytes: u64,
+    /// Grows behind a closed gate.
+    disk_bytes: AtomicU64,
     pub(super) trackers: Trackers,
     pub(super) gate: Gate,
     pub(super) locks: ClusterLocks,
     pub(super) flusher: Arc<Flusher>,
+    /// Which chains requests under way began with.
+    pub(super) readers: Arc<Readers>,
     pub(super) counters: Counters,
     /// Set once the file has refused to punch or zero a range: zeros are written from then on.
     pub(super) cannot_zero: AtomicBool,
+    /// While the top is being merged into the delta below it no entry of it is cleared: what was merged would be seen.
+    /// Nor is one moved.
+    pub(super) keeps_entries: AtomicBool,
     chain: RwLock<Arc<Chain>>,
     /// Rises with each replaced chain, so that queues need not lock to see that theirs is current.
     chain_epoch: AtomicU64,
@@ -143,7 +154,9 @@ impl Disk {
         let layout = check_layout(&chain, options.read_only)?;
         let pending_age_max = if options.manual_flusher { Duration::MAX } else { options.pending_age_max };
         let limits = Limits { pending_max: options.pending_clusters_max, age_max: pending_age_max };
-        let flusher = Arc::new(Flusher::new(Arc::clone(&chain), limits, Arc::clone(&options.pending_log)));
+        let readers = Arc::new(Readers::default());
+        let log = Arc::clone(&options.pending_log);
+        let flusher = Arc::new(Flusher::new(Arc::clone(&chain), limits, log, Arc::clone(&readers)));
         let thread = if options.manual_flusher || options.read_only {
             None
         } else {
@@ -153,13 +166,16 @@ impl Disk {
             Some(thread.map_err(|cause| Error::io(ErrorKind::System, "start flusher thread", cause))?)
         };
         Ok(Arc::new(Self {
-            layout,
+            cluster_bytes: layout.cluster_bytes(),
+            disk_bytes: AtomicU64::new(layout.disk_bytes()),
             trackers: Trackers::new(layout.disk_bytes()),
             gate: Gate::new(),
             locks: ClusterLocks::new(),
             flusher,
+            readers,
             counters: Counters::default(),
             cannot_zero: AtomicBool::new(false),
+            keeps_entries: AtomicBool::new(false),
             chain: RwLock::new(chain),
             chain_epoch: AtomicU64::new(0),
             queues: AtomicUsize::new(0),
@@ -171,12 +187,17 @@ impl Disk {
 
     /// Size of the guest's disk in bytes.
     pub fn size_bytes(&self) -> u64 {
-        self.layout.disk_bytes()
+        self.disk_bytes.load(Ordering::Acquire)
     }
 
     /// Size of a cluster in bytes.
     pub fn cluster_bytes(&self) -> u64 {
-        self.layout.cluster_bytes()
+        self.cluster_bytes
+    }
+
+    /// The sizes that decide where requests are cut, as they are now.
+    pub(super) fn layout(&self) -> Layout {
+        Layout::new(self.cluster_bytes, self.size_bytes())
     }
 
     /// Logical block size for the guest, in bytes: what the format addresses. Smaller requests work as well.
@@ -194,8 +215,40 @@ impl Disk {
         Arc::clone(&self.chain.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Serves `chain` from now on, which may be larger. The gate is closed and the flusher has the chain already.
+    pub(super) fn install(&self, chain: Arc<Chain>) {
+        let disk_bytes = chain.geometry().disk_bytes();
+        *self.chain.write().unwrap_or_else(PoisonError::into_inner) = chain;
+        self.chain_epoch.fetch_add(1, Ordering::SeqCst);
+        // Last: whoever sees the new size finds the chain that has it.
+        self.disk_bytes.store(disk_bytes, Ordering::Release);
+    }
+
     pub(super) fn chain_epoch(&self) -> u64 {
-        self.chain_epoch.load(Ordering::Acquire)
+        self.chain_epoch.load(Ordering::SeqCst)
+    }
+
+    /// Fails if [`Frozen::replace_chain`] would refuse this chain.
+    pub fn can_serve(&self, chain: &Chain) -> Result<()> {
+        let layout = check_layout(chain, self.options.read_only)?;
+        if (layout.cluster_bytes(), layout.disk_bytes()) != (self.cluster_bytes(), self.size_bytes()) {
+            return Err(Error::new(ErrorKind::Parameter, "replace the chain of a disk: its sizes differ")
+                .at_path(chain.name(chain.top())));
+        }
+        Ok(())
+    }
+
+    /// From now on discards free no clusters of the top: they write zeros where something is stored; and clusters are not
+    /// moved: [`Op::Relocate`](super::Op) fails with `EBUSY`. Ends with [`EntriesKept::end`] only. What is under way may
+    /// still free one: freeze the disk once before relying on it.
+    pub fn keep_entries(self: &Arc<Self>) -> EntriesKept {
+        self.keeps_entries.store(true, Ordering::SeqCst);
+        EntriesKept(Arc::clone(self))
+    }
+
+    /// Whether entries are [kept](Self::keep_entries).
+    pub fn keeps_entries(&self) -> bool {
+        self.keeps_entries.load(Ordering::SeqCst)
     }
 
     /// Begins to track writes. Data read after this returns, together with what the tracker reports, is complete (T6).
@@ -230,6 +283,20 @@ impl Disk {
                 ));
             }
         }
+    }
+
+    /// Cuts free clusters off the end of the top's file, once what was freed before has been given back; by how many
+    /// bytes. A busy guest may keep places at the end in use: then it is less, or nothing.
+    ///
+    /// Call [`flush`](Self::flush) before, so that old places of moved clusters leave quarantine.
+    pub fn cut_tail(&self) -> Result<u64> {
+        if self.options.read_only { Ok(0) } else { self.flusher.cut_tail() }
+    }
+
+    /// Waits until every place freed before the last flush has been punched and may be used again. Afterwards nothing
+    /// of ours will touch those places: a grown table may be written over them.
+    pub fn settle_freed(&self) -> Result<()> {
+        if self.options.read_only { Ok(()) } else { self.flusher.settle_freed() }
     }
 
     /// One step of the flusher, at most one system call; `false` when there is nothing to do. For a disk with
@@ -336,6 +403,7 @@ impl Disk {
             table_writes: get(&flusher.table_writes),
             allocated_clusters: get(&own.allocated_clusters),
             freed_clusters: get(&own.freed_clusters),
+            moved_clusters: get(&own.moved_clusters),
             copied_up_bytes: get(&own.copied_up_bytes),
             cluster_waits: get(&own.cluster_waits),
             held_ms: u64::try_from(self.gate.held().as_millis()).unwrap_or(u64::MAX),
@@ -362,7 +430,7 @@ impl std::fmt::Debug for Disk {
 }
 
 /// The sizes of a chain, if they can be served.
-fn check_layout(chain: &Chain, read_only: bool) -> Result<Layout> {
+pub(super) fn check_layout(chain: &Chain, read_only: bool) -> Result<Layout> {
     let geometry = chain.geometry();
     let unit = u64::from(chain.storage(chain.top()).alignment().offset.max(1));
     let fits = geometry.cluster_bytes().is_multiple_of(unit) && geometry.phase_bytes().is_multiple_of(unit);
@@ -390,6 +458,19 @@ pub(super) struct QueueCount(pub(super) Arc<Disk>);
 impl Drop for QueueCount {
     fn drop(&mut self) {
         self.0.queues.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Discards free no clusters; see [`Disk::keep_entries`]. Dropping this changes nothing: what has been merged by then lies
+/// in the delta below, of which the chain in use does not know; were an entry above it cleared, it would come to light
+/// when the disk is opened again.
+#[must_use]
+pub struct EntriesKept(Arc<Disk>);
+
+impl EntriesKept {
+    /// Discards free clusters again. Only once the chain in use knows all that was merged.
+    pub fn end(self) {
+        self.0.keeps_entries.store(false, Ordering::SeqCst);
     }
 }
 
@@ -438,19 +519,31 @@ impl Frozen {
         }
     }
 
-    /// Serves `chain` from now on: the old one with a new top, which holds nothing yet, or otherwise the same content.
-    /// Flush the disk first. Fails, changing nothing, when sizes differ or changes are not durable yet. The old chain is
+    /// Serves another chain from now on: the old one with a new top, which holds nothing yet, or otherwise the same
+    /// content. `open` makes it. It is called when everything written is durable in the old chain, which is passed, so
+    /// tables that it reads from the files are complete; a chain opened earlier may lack entries. Afterwards the
+    /// [pending log](super::pending::PendingLog) learns which file is the top. None of that is left to the caller.
+    ///
+    /// Rounds of the flusher wait for `open`: it must not wait for a flush. Fails, with the old chain still served, when
+    /// a sync fails (which poisons the disk), when `open` fails, or with `Parameter` when sizes differ. The old chain is
     /// the caller's to close; reads that began before may still use its files, nothing writes to them.
-    pub fn replace_chain(&self, chain: Arc<Chain>) -> Result<()> {
+    pub fn replace_chain(&self, open: impl FnOnce(&Arc<Chain>) -> Result<Arc<Chain>>) -> Result<()> {
         let Some(disk) = &self.disk else { return Ok(()) };
-        let layout = check_layout(&chain, disk.options.read_only)?;
-        if (layout.cluster_bytes(), layout.disk_bytes()) != (disk.cluster_bytes(), disk.size_bytes()) {
-            return Err(Error::new(ErrorKind::Parameter, "replace the chain of a disk: its sizes differ")
+        let epoch = disk.chain_epoch() + 1;
+        let chain = disk.flusher.replace_chain(epoch, |old| {
+            let chain = open(old)?;
+            let layout = check_layout(&chain, disk.options.read_only)?;
+            if (layout.cluster_bytes(), layout.disk_bytes()) != (disk.cluster_bytes(), disk.size_bytes()) {
+                return Err(Error::new(
+                    ErrorKind::Parameter,
+                    "replace the chain of a disk: its sizes differ",
+                )
                 .at_path(chain.name(chain.top())));
-        }
-        disk.flusher.replace_chain(Arc::clone(&chain))?;
+            }
+            Ok(chain)
+        })?;
         *disk.chain.write().unwrap_or_else(PoisonError::into_inner) = chain;
-        disk.chain_epoch.fetch_add(1, Ordering::AcqRel);
+        disk.chain_epoch.store(epoch, Ordering::SeqCst);
         Ok(())
     }
 }

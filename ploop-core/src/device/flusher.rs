@@ -19,23 +19,32 @@
 //! A failed sync or table write poisons the disk (E1): the round and all tickets, now and later, fail; nothing is
 //! tried again, nothing more is written.
 //!
+//! Why the log of pending entries fits the table at any moment (see [`pending`](super::pending)): a change of the table
+//! and its record are one step, and so are the seal of the log and that of the table. `changing` is held for reading by
+//! the first, for writing by the second.
+//!
 //! Threads: one per disk, or none (`manual_flusher`): then each [`Flusher::step`] is called from outside. Both run the
-//! same steps. Locks: `rounds` belongs to whoever steps and is held across its system calls; `shared` is taken for
-//! moments, also inside `rounds`, never the other way round.
+//! same steps. Locks, in this order: `rounds` belongs to whoever steps and is held across its system calls; `changing`;
+//! the locks of the format layer; `shared` is taken for moments, also inside `rounds`, with nothing taken inside it.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::inbox::{Inbox, Message};
 use super::pending::{PendingEntry, PendingLog, Seal};
+use super::presence::Readers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Chain, CommitPlan};
 use crate::io::{Allocation, StorageExt};
 use crate::mutant::{Mutant, is_active};
 use crate::units::FileCluster;
 
+/// How long reads that began with a former chain may take to end, for who waits until what was freed is given back.
+const FORMER_READS_MAX: Duration = Duration::from_secs(30);
+/// How often they are looked at.
+const FORMER_READS_RETRY: Duration = Duration::from_millis(1);
 /// Longest range given back with one punch, in bytes.
 const PUNCH_BYTES_MAX: u64 = 1 << 30;
 
@@ -131,6 +140,16 @@ impl Poison {
     }
 }
 
+/// What somebody did to the image while no round could begin.
+pub(super) struct Changed {
+    /// The chain to serve from now on; `None` for the same.
+    pub(super) chain: Option<Arc<Chain>>,
+    /// Whether all of it was done.
+    pub(super) result: Result<()>,
+    /// What the file holds is not known after the failure.
+    pub(super) poisoned: bool,
+}
+
 /// What the flusher has done so far.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
@@ -154,7 +173,12 @@ pub(super) struct Flusher {
     has_changes: AtomicBool,
     /// Set when a round is wanted although no ticket waits, until its seal.
     is_urgent: AtomicBool,
+    /// Set when bytes of the top may have changed since the last round began: no sync has covered them yet.
+    is_unsynced: AtomicBool,
+    readers: Arc<Readers>,
     rounds: Mutex<Rounds>,
+    /// Makes one step of a change and its record, and of the two seals.
+    changing: RwLock<()>,
     log: Arc<dyn PendingLog>,
     poison: Poison,
     pub(super) counts: Counts,
@@ -176,6 +200,8 @@ struct Rounds {
     group: Vec<Ticket>,
     /// Cleared durably, not yet punched.
     freed: VecDeque<FileCluster>,
+    /// Before reads that began with an earlier chain have ended, nothing is punched or given back.
+    epoch: u64,
 }
 
 enum Stage {
@@ -189,16 +215,31 @@ enum Stage {
 }
 
 impl Flusher {
-    pub(super) fn new(chain: Arc<Chain>, limits: Limits, log: Arc<dyn PendingLog>) -> Self {
-        let rounds =
-            Rounds { chain, stage: Stage::Idle, seal: log.seal(), group: Vec::new(), freed: VecDeque::new() };
+    pub(super) fn new(
+        chain: Arc<Chain>,
+        limits: Limits,
+        log: Arc<dyn PendingLog>,
+        readers: Arc<Readers>,
+    ) -> Self {
+        let rounds = Rounds {
+            chain,
+            stage: Stage::Idle,
+            seal: log.seal(),
+            group: Vec::new(),
+            freed: VecDeque::new(),
+            epoch: 0,
+        };
         Self {
             limits,
             shared: Mutex::default(),
             work: Condvar::new(),
             has_changes: AtomicBool::new(false),
             is_urgent: AtomicBool::new(false),
+            // A predecessor may have written.
+            is_unsynced: AtomicBool::new(true),
+            readers,
             rounds: Mutex::new(rounds),
+            changing: RwLock::new(()),
             log,
             poison: Poison::default(),
             counts: Counts::default(),
@@ -214,15 +255,46 @@ impl Flusher {
         &self.poison
     }
 
+    /// Bytes of the top may have changed; called after that and before the gate is left.
+    pub(super) fn note_write(&self) {
+        if !self.is_unsynced.load(Ordering::SeqCst) {
+            self.is_unsynced.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether bytes of the top may have changed that no sync has covered.
+    fn is_unsynced(&self) -> bool {
+        !is_active(Mutant::InPlaceUnsynced) && self.is_unsynced.load(Ordering::SeqCst)
+    }
+
+    /// Looks again whether something can be done.
+    pub(super) fn nudge(&self) {
+        self.work.notify_one();
+    }
+
     /// Queues a ticket for the next round.
     pub(super) fn submit(&self, ticket: Ticket) {
         self.lock_shared().tickets.push(ticket);
         self.work.notify_one();
     }
 
-    /// The table has changed, by a request that is not answered yet; `pending` entries are not durable now.
-    pub(super) fn note_change(&self, entry: PendingEntry, pending: usize) {
-        self.log.entered(entry);
+    /// Changes the table of `chain` for a request that is not answered yet. `change` says which entry it has changed, if
+    /// any; it is in the log when this returns.
+    pub(super) fn change<T>(&self, chain: &Chain, change: impl FnOnce() -> (Option<PendingEntry>, T)) -> T {
+        let result = {
+            let _changing = (!is_active(Mutant::LoggedApart))
+                .then(|| self.changing.read().unwrap_or_else(PoisonError::into_inner));
+            let (entry, result) = change();
+            let Some(entry) = entry else { return result };
+            self.log.entered(entry);
+            result
+        };
+        self.note_change(chain.pending());
+        result
+    }
+
+    /// Sees to it that the change is written some day.
+    fn note_change(&self, pending: usize) {
         if pending > self.limits.pending_max {
             self.hurry();
         }
@@ -273,20 +345,110 @@ impl Flusher {
         self.work.notify_all();
     }
 
-    /// Serves another chain from the next round on. The caller has flushed and holds all writes; fails with `Busy` in the
-    /// middle of a round. What was freed in the old top stays a leak until its next clean open.
-    pub(super) fn replace_chain(&self, chain: Arc<Chain>) -> Result<()> {
-        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
-        if !matches!(rounds.stage, Stage::Idle) || rounds.chain.pending() > 0 {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                "replace the chain of a disk: changes are not durable yet",
-            ));
+    /// Waits until nothing that was freed waits for its punch any more, with the rounds held at rest; does the steps
+    /// itself where the thread is not faster. Fails with `Busy` when reads that began with a former chain do not end.
+    fn at_rest<T>(&self, mut then: impl FnMut(&Rounds) -> Result<T>) -> Result<T> {
+        let mut waiting_since: Option<Instant> = None;
+        loop {
+            {
+                let rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+                self.poison.check()?;
+                if matches!(rounds.stage, Stage::Idle) && rounds.freed.is_empty() {
+                    return then(&rounds);
+                }
+            }
+            if !self.step() {
+                if waiting_since.get_or_insert_with(Instant::now).elapsed() > FORMER_READS_MAX {
+                    return Err(Error::new(
+                        ErrorKind::Busy,
+                        "give freed clusters back: reads that began long ago have not ended",
+                    )
+                    .advise("the host disk may be stuck or very slow; try again"));
+                }
+                std::thread::sleep(FORMER_READS_RETRY);
+            }
         }
+    }
+
+    /// Waits until everything freed so far, durably, has been punched and given back.
+    pub(super) fn settle_freed(&self) -> Result<()> {
+        self.at_rest(|_| Ok(()))
+    }
+
+    /// Cuts the tail of the top between two rounds: a sync under way would count what is cut as durable.
+    pub(super) fn cut_tail(&self) -> Result<u64> {
+        self.at_rest(|rounds| rounds.chain.cut_tail())
+    }
+
+    /// Serves another chain, the one of `epoch`, from now on. The caller holds all writes. What is pending is made durable,
+    /// and so is every byte of the old top that was written in place: later flushes sync the new top only. Then `open` makes
+    /// the new chain of the old one, or of its files: nothing of the old top is in memory only, nor in the log when that
+    /// is told of the new one. What was freed in the old top and is not punched yet stays a leak until its next clean
+    /// close.
+    ///
+    /// Fails, with the old chain still served, when the disk is or gets poisoned, or when `open` fails.
+    pub(super) fn replace_chain(
+        &self,
+        epoch: u64,
+        open: impl FnOnce(&Arc<Chain>) -> Result<Arc<Chain>>,
+    ) -> Result<Arc<Chain>> {
+        // Held throughout: no round for anybody else begins in between.
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            self.poison.check()?;
+            match rounds.stage {
+                Stage::Idle if rounds.chain.pending() == 0 && !self.is_unsynced() => break,
+                Stage::Idle => self.begin(&mut rounds),
+                _ => self.proceed(&mut rounds),
+            }
+        }
+        let chain = open(&rounds.chain)?;
         rounds.freed.clear();
-        self.log.top_replaced();
-        rounds.chain = chain;
-        Ok(())
+        rounds.epoch = if is_active(Mutant::FormerReadsForgotten) { 0 } else { epoch };
+        self.log.top_replaced(&**chain.storage(chain.top()));
+        rounds.chain = Arc::clone(&chain);
+        Ok(chain)
+    }
+
+    /// Lets `change` rewrite header and table of the top, with nothing pending and no punch outstanding, while no round can
+    /// begin. It answers with the chain to serve from then on, if that is another one. The caller holds all writes and has
+    /// flushed; fails with `Busy` in the middle of a round. Also that chain, when the change failed on the way.
+    pub(super) fn exclusively(
+        &self,
+        change: impl FnOnce(&Arc<Chain>) -> Changed,
+    ) -> (Result<()>, Option<Arc<Chain>>) {
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = self.poison.check() {
+            return (Err(error), None);
+        }
+        if !matches!(rounds.stage, Stage::Idle) || rounds.chain.pending() > 0 {
+            let error =
+                Error::new(ErrorKind::Busy, "change the image of a disk: changes are not durable yet");
+            return (Err(error), None);
+        }
+        // A punch that came late would hit the new owner of its place, and so would a read.
+        while self.punch(&mut rounds) {}
+        if !self.readers.are_past(rounds.epoch) {
+            let error = Error::new(
+                ErrorKind::Busy,
+                "change the image of a disk: reads that began long ago have not ended",
+            )
+            .advise("the host disk may be stuck or very slow; try again");
+            return (Err(error), None);
+        }
+        // What the log still has is in the table on disk, and may be untrue soon.
+        let end = self.log.seal();
+        self.log.committed(end);
+        let Changed { chain, result, poisoned } = change(&rounds.chain);
+        if let (true, Err(error)) = (poisoned, &result) {
+            self.log.poisoned();
+            self.poison.set(error);
+            self.refuse(&mut rounds);
+        }
+        if let Some(chain) = &chain {
+            rounds.chain = Arc::clone(chain);
+        }
+        (result, chain)
     }
 
     /// One step: at most one call to the file. `false` when there was nothing to do.
@@ -295,16 +457,25 @@ impl Flusher {
         if self.poison.is_set() {
             return self.refuse(&mut rounds);
         }
-        match std::mem::replace(&mut rounds.stage, Stage::Idle) {
-            Stage::Idle => return self.begin(&mut rounds) || self.punch(&mut rounds),
-            Stage::ContentSync(plan) => self.content_sync(&mut rounds, plan),
-            Stage::TableWrite(plan, next) => self.table_write(&mut rounds, plan, next),
-            Stage::TableSync(plan) => match self.sync(&rounds) {
-                Ok(()) => self.finish(&mut rounds, plan),
-                Err(error) => self.fail(&mut rounds, plan, &error),
-            },
+        match rounds.stage {
+            Stage::Idle if self.is_due() => self.begin(&mut rounds),
+            Stage::Idle => return self.punch(&mut rounds),
+            _ => self.proceed(&mut rounds),
         }
         true
+    }
+
+    /// The next step of a round that has begun.
+    fn proceed(&self, rounds: &mut Rounds) {
+        match std::mem::replace(&mut rounds.stage, Stage::Idle) {
+            Stage::Idle => {}
+            Stage::ContentSync(plan) => self.content_sync(rounds, plan),
+            Stage::TableWrite(plan, next) => self.table_write(rounds, plan, next),
+            Stage::TableSync(plan) => match self.sync(rounds) {
+                Ok(()) => self.finish(rounds, plan),
+                Err(error) => self.fail(rounds, plan, &error),
+            },
+        }
     }
 
     /// Answers everybody with what poisoned the disk.
@@ -320,23 +491,31 @@ impl Flusher {
         any
     }
 
-    /// Takes the tickets and seals, if anybody waits or a limit is reached.
-    fn begin(&self, rounds: &mut Rounds) -> bool {
+    /// Whether anybody waits or a limit is reached.
+    fn is_due(&self) -> bool {
+        let shared = self.lock_shared();
+        let is_old = shared.changed_since.is_some_and(|since| since.elapsed() >= self.limits.age_max);
+        !shared.tickets.is_empty() || is_old || self.is_urgent.load(Ordering::Acquire)
+    }
+
+    /// Takes the tickets and seals.
+    fn begin(&self, rounds: &mut Rounds) {
         {
             let mut shared = self.lock_shared();
-            let is_old = shared.changed_since.is_some_and(|since| since.elapsed() >= self.limits.age_max);
-            if shared.tickets.is_empty() && !is_old && !self.is_urgent.load(Ordering::Acquire) {
-                return false;
-            }
             rounds.group.append(&mut shared.tickets);
             // Before the seal: a change that comes after it raises the flags anew.
             shared.changed_since = None;
             self.has_changes.store(false, Ordering::Release);
             self.is_urgent.store(false, Ordering::Release);
         }
-        // Before the table: whatever is in the log up to here is in the plan.
-        rounds.seal = self.log.seal();
-        let plan = rounds.chain.seal();
+        // Before the sync: what is written from here on may be missed by it.
+        self.is_unsynced.store(false, Ordering::SeqCst);
+        let plan = {
+            let _changing = (!is_active(Mutant::LoggedApart))
+                .then(|| self.changing.write().unwrap_or_else(PoisonError::into_inner));
+            rounds.seal = self.log.seal();
+            rounds.chain.seal()
+        };
         count(&self.counts.rounds, 1);
         let has_table = !plan.is_empty();
         rounds.stage = if is_active(Mutant::TableBeforeContentSync) && has_table {
@@ -346,7 +525,6 @@ impl Flusher {
         } else {
             Stage::ContentSync(plan)
         };
-        true
     }
 
     /// F1.
@@ -422,6 +600,9 @@ impl Flusher {
 
     /// Punches one run of freed clusters and gives them back to the pool.
     fn punch(&self, rounds: &mut Rounds) -> bool {
+        if rounds.freed.is_empty() || !self.readers.are_past(rounds.epoch) {
+            return false;
+        }
         let Some(first) = rounds.freed.pop_front() else { return false };
         let geometry = rounds.chain.geometry();
         let cluster_bytes = geometry.cluster_bytes();

@@ -198,6 +198,34 @@ pub fn detach(device: &Path) -> Result<()> {
     }
 }
 
+/// Lets the device show `len` bytes of its file after that has grown, its offset unchanged; 0 for all that follows.
+pub fn set_len(device: &Path, file: &Path, len: u64) -> Result<()> {
+    // Examined first: the kernel may still believe the old size.
+    fs::metadata(file)
+        .map_err(|cause| Error::io(ErrorKind::Stat, "examine the exported file", cause).at_path(file))?;
+    let failed = |cause| Error::io(ErrorKind::DeviceCommand, "grow the loop device", cause).at_path(device);
+    let node = open_device(device, false)?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        match sys::set_loop_size_limit(&node, len) {
+            Ok(()) => break,
+            // Its cache is in use at the moment.
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                return Err(failed(error).advise(
+                    "this kernel does not let the part of a device grow that is mounted: unmount the file system, then \
+                     run the command again",
+                ));
+            }
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    // Older kernels remember the limit and do not look at it.
+    sys::refresh_loop_size(&node).map_err(failed)
+}
+
 /// Lets the device follow the size of its file after that has grown.
 pub fn refresh_size(device: &Path, file: &Path) -> Result<()> {
     // Examined first: the kernel may still believe the old size.

@@ -30,27 +30,34 @@
 
 mod allocating;
 mod assembling;
+mod changes;
 pub mod client;
 pub mod control;
 pub mod disk;
 mod flusher;
 pub mod fuse;
 mod gate;
+pub mod growing;
 mod inbox;
 pub mod loop_device;
 pub mod pending;
 mod placing;
+mod presence;
 pub mod queue;
+mod resizing;
 pub mod runtime;
 mod slab;
 pub mod split;
 mod transferring;
 
+pub use changes::{Change, Changes};
 pub use client::Client;
-pub use disk::{Disk, DiskOptions, Freezing, Frozen, Statistics};
+pub use disk::{Disk, DiskOptions, EntriesKept, Freezing, Frozen, Statistics};
 pub use queue::Queue;
+pub use resizing::{GrowOptions, Grown};
 
 use crate::extent::Extent;
+pub use crate::format::Destination;
 use crate::io::IoBuf;
 
 /// What a request does with its extent.
@@ -74,12 +81,20 @@ pub enum Op {
     Discard,
     /// Make everything durable that was answered before this was submitted. The extent means nothing.
     Flush,
+    /// Move the one cluster that the extent covers to another place in the top's file, if the top holds it and such a
+    /// place is free. The guest sees the same bytes at every moment; trackers are not marked (T3). Not for guests.
+    Relocate(Destination),
 }
 
 impl Op {
     /// Whether it may change what the guest reads.
     pub fn changes_data(self) -> bool {
         matches!(self, Self::Write { .. } | Self::WriteZeroes { .. } | Self::Discard)
+    }
+
+    /// Whether it changes the top's file or its table: what a freeze holds and a read-only disk refuses.
+    pub fn changes_image(self) -> bool {
+        self.changes_data() || matches!(self, Self::Relocate(_))
     }
 
     /// Whether the answer has to wait until the change is durable.

@@ -5,16 +5,25 @@
 //! still counts the write as done: its page cache is clean, and a later flush sent to a successor would succeed
 //! without the write. A [`PendingLog`] keeps those entries in memory that outlives the process.
 //!
-//! Order of calls, and why it loses nothing:
+//! What holds at every moment: *the table in the file, with the log entered over it, is the table in memory*, but for
+//! changes of requests that are not acknowledged. The table in memory never names a place twice nor one that was given
+//! back, so neither does what a successor serves. The order of calls that keeps it so:
 //!
-//! 1. The table in memory changes, *then* [`entered`](PendingLog::entered) is called, *then* the request is
-//!    acknowledged. Calls for one guest cluster come in the order of its changes (its lock is held).
-//! 2. [`seal`](PendingLog::seal) is called *before* the dirty table is sealed for writing: every entry logged before
-//!    is part of what will be written.
+//! 1. The table in memory changes, [`entered`](PendingLog::entered) is called, and only then the request is
+//!    acknowledged. Records for one guest cluster come in the order of its changes (its lock is held).
+//! 2. [`seal`](PendingLog::seal) and the seal of the dirty table are *one step against each change and its record*: the
+//!    records before the seal are exactly the changes that will be durable with it. Were they two, a cluster could be
+//!    placed and recorded between them and then cleared: its clearing would be written with this round, its place
+//!    punched and given to somebody else, while the record of the old place came after the seal and stayed.
 //! 3. [`committed`](PendingLog::committed) is called after the table is durable, with that seal, *before* any cluster
-//!    freed by it is punched or handed out again. Entries logged after the seal stay, also those that were written
-//!    already: entering one again changes nothing.
+//!    freed by it is punched or handed out again. Before this call the records repeat what the file says, or will when
+//!    its writes are through: the last record for a cluster is never older than the file's entry.
+//! 4. [`top_replaced`](PendingLog::top_replaced) is called when nothing is pending and no write is running.
+//!
+//! `tests/succession.rs` tries every order of a write, a discard, their records, both seals, the syncs, the table write,
+//! the cut of the log and the punch, with a death after each (mutant M17: the steps of 2 apart).
 
+use crate::io::Storage;
 use crate::units::{FileCluster, GuestCluster};
 
 /// One change of the table of the top delta.
@@ -35,15 +44,15 @@ pub struct Seal(pub u64);
 pub trait PendingLog: Send + Sync + std::fmt::Debug {
     /// The table in memory has changed; called before the request that did it is acknowledged.
     fn entered(&self, entry: PendingEntry);
-    /// Where the log ends now; called before the table is sealed.
+    /// Where the log ends now; called while the table is sealed and nobody changes it.
     fn seal(&self) -> Seal;
     /// Everything before `seal` is durable.
     fn committed(&self, seal: Seal);
     /// A sync or a write of the table failed: nobody may go on writing to this disk. Called before any request that
     /// waited for it is failed.
     fn poisoned(&self);
-    /// Another delta has become the top, with an empty table and nothing pending; called while no write is running.
-    fn top_replaced(&self);
+    /// Another delta, in the file `top`, becomes the top; nothing is pending and no write is running.
+    fn top_replaced(&self, top: &dyn Storage);
 }
 
 /// Keeps nothing: for disks without a keeper, whose users die with the server or repeat what was not flushed.
@@ -57,5 +66,5 @@ impl PendingLog for NoPendingLog {
     }
     fn committed(&self, _seal: Seal) {}
     fn poisoned(&self) {}
-    fn top_replaced(&self) {}
+    fn top_replaced(&self, _top: &dyn Storage) {}
 }

@@ -4,6 +4,7 @@
 //! |---|---|---|---|
 //! | read | in place, shared lock | there, no lock | zeros, at once |
 //! | write | in place, shared lock; misaligned: read, patch, write, exclusive | fresh cluster with copy-up | fresh cluster |
+//! | relocate | copied to another place, exclusive; the old one is freed | nothing to do | nothing to do |
 //! | zero, discard | whole, nothing below, may unmap: clear the entry, exclusive; else zero in place | fresh cluster of zeros (the format has no zero mark; clearing would bring the old bytes back) | nothing to do |
 //!
 //! Two ways lead in. Without locks, `place_*` looks at the mapping to guess; runs in place that can be locked without
@@ -22,7 +23,7 @@ use super::queue::Queue;
 use super::split::{hull, is_multiple};
 use super::transferring::{Locked, Part, Work, guest_errno};
 use crate::extent::Extent;
-use crate::format::{Mapping, WriteTarget};
+use crate::format::{Destination, Mapping, WriteTarget};
 use crate::io::{Allocation, IoBuf};
 use crate::mutant::{Mutant, is_active};
 use crate::units::{GuestCluster, GuestOffset};
@@ -65,6 +66,11 @@ impl Queue {
         self.chain.top()
     }
 
+    /// Whether a cluster reads as zeros once the top does not hold it any more.
+    fn may_clear(&self, cluster: GuestCluster) -> bool {
+        !self.disk.keeps_entries() && !self.chain.held_below(cluster)
+    }
+
     /// Reads `buffer.len()` bytes at guest byte `at`.
     pub(super) fn place_read(&mut self, number: usize, mut at: u64, mut buffer: IoBuf) {
         while !buffer.is_empty() {
@@ -88,7 +94,7 @@ impl Queue {
                         self.start_read(part, delta, run.offset);
                     }
                     None => {
-                        let len = self.disk.layout.bytes_left_in_cluster(at);
+                        let len = self.disk.layout().bytes_left_in_cluster(at);
                         let part = self.cut_part(number, &mut at, &mut buffer, len);
                         self.ask_for_lock(part, Want::Shared);
                     }
@@ -113,7 +119,7 @@ impl Queue {
                 }
                 _ => Want::Allocate,
             };
-            let len = self.disk.layout.bytes_left_in_cluster(at);
+            let len = self.disk.layout().bytes_left_in_cluster(at);
             let part = self.cut_part(number, &mut at, &mut buffer, len);
             self.ask_for_lock(part, want);
         }
@@ -136,15 +142,15 @@ impl Queue {
             if budget == 0 {
                 return Turn::Unfinished;
             }
-            let segment = self.disk.layout.segment(at, end);
+            let segment = self.disk.layout().segment(at, end);
             let (next, want) = match self.chain.map(GuestOffset(at), (end - at).min(SKIPPED_BYTES_MAX)) {
                 Mapping::Zero { len } => {
-                    budget = budget.saturating_sub(1 + len / self.disk.layout.cluster_bytes());
+                    budget = budget.saturating_sub(1 + len / self.disk.layout().cluster_bytes());
                     (at + len.max(1), None)
                 }
                 Mapping::Data { delta, offset, len } if delta == self.top() => {
                     budget = budget.saturating_sub(32);
-                    let clears = segment.whole && may_unmap && !self.chain.held_below(segment.cluster);
+                    let clears = segment.whole && may_unmap && self.may_clear(segment.cluster);
                     if !may_unmap
                         && let Some(run) =
                             self.lock_run(at, offset.0, len.min(ZEROED_RUN_BYTES_MAX), self.unit())
@@ -194,7 +200,7 @@ impl Queue {
 
     /// The lock that the first cluster's share of a transfer in place needs.
     fn want_in_place(&self, at: u64, len: u64, offset: u64) -> Want {
-        let len = len.min(self.disk.layout.bytes_left_in_cluster(at));
+        let len = len.min(self.disk.layout().bytes_left_in_cluster(at));
         if is_multiple(offset, len, self.unit()) { Want::Shared } else { Want::Exclusive }
     }
 
@@ -206,14 +212,14 @@ impl Queue {
         if len.is_multiple_of(unit) {
             return len;
         }
-        let last_cluster = self.disk.layout.cluster_start(self.disk.layout.cluster_of(at + len));
+        let last_cluster = self.disk.layout().cluster_start(self.disk.layout().cluster_of(at + len));
         last_cluster.saturating_sub(at)
     }
 
     /// Locks, shared, as many clusters of the run at `at` as can be had without waiting, and resolves them under the
     /// lock. `None` when that gives nothing that is in the top and transferable in units.
     fn lock_run(&mut self, at: u64, offset: u64, len: u64, unit: u64) -> Option<Run> {
-        let layout = self.disk.layout;
+        let layout = self.disk.layout();
         let len = self.aligned_len(at, offset, len, unit);
         let first = layout.cluster_of(at).0;
         let mut reached = at;
@@ -246,6 +252,9 @@ impl Queue {
             return;
         };
         let Some(op) = self.requests.get(request).map(|running| running.op) else { return };
+        if let Op::Relocate(to) = op {
+            return self.move_cluster(number, GuestCluster(locked.first), to);
+        }
         let mapping = self.chain.map(GuestOffset(extent.start()), extent.len());
         match mapping {
             Mapping::Data { delta, offset, len } if delta == self.top() && len >= extent.len() => {
@@ -270,7 +279,7 @@ impl Queue {
     /// What a read waited for is no longer in the top.
     fn read_elsewhere(&mut self, number: usize) {
         self.unlock(number);
-        let Some(part) = self.parts.remove(number) else { return };
+        let Some(part) = self.remove_part(number) else { return };
         if let Some(buffer) = part.data {
             self.place_read(part.request, part.extent.start(), buffer);
         }
@@ -280,8 +289,8 @@ impl Queue {
     /// Writes or zeroes one cluster's share where it lies, or frees the cluster.
     fn change_in_place(&mut self, number: usize, extent: Extent, locked: Locked, op: Op, offset: u64) {
         let cluster = GuestCluster(locked.first);
-        let is_whole = extent == self.disk.layout.cluster_extent(cluster);
-        let clears = may_unmap(op) && is_whole && !self.chain.held_below(cluster);
+        let is_whole = extent == self.disk.layout().cluster_extent(cluster);
+        let clears = may_unmap(op) && is_whole && self.may_clear(cluster);
         let is_aligned = is_multiple(offset, extent.len(), self.unit());
         let needs_exclusive = clears || !is_aligned;
         match (needs_exclusive, locked.mode) {
@@ -291,7 +300,7 @@ impl Queue {
             }
             (true, Mode::Exclusive) if clears && self.clear(number, cluster) => {}
             (_, Mode::Exclusive) if !is_aligned => {
-                let within = extent.start() - self.disk.layout.cluster_start(cluster);
+                let within = extent.start() - self.disk.layout().cluster_start(cluster);
                 let overlay = Extent::between(within, within + extent.len());
                 let range = hull(overlay, self.unit());
                 let file = self.slots[self.top()];
@@ -313,11 +322,15 @@ impl Queue {
     /// Frees a cluster that nothing below holds: it reads as zeros from now on. `false`, with nothing done, when the top
     /// is raw and has no entries to clear.
     fn clear(&mut self, number: usize, cluster: GuestCluster) -> bool {
-        match self.chain.clear(cluster) {
+        let cleared = self.disk.flusher.change(&self.chain, || {
+            let cleared = self.chain.clear(cluster);
+            let entry = matches!(cleared, Ok(true)).then_some(PendingEntry { cluster, file: None });
+            (entry, cleared)
+        });
+        match cleared {
             Ok(false) => return false,
             Ok(true) => {
                 count(&self.disk.counters.freed_clusters, 1);
-                self.disk.flusher.note_change(PendingEntry { cluster, file: None }, self.chain.pending());
                 self.end_part(number, Ok(()));
             }
             Err(error) => self.end_part(number, Err(error.guest_errno())),
@@ -365,7 +378,7 @@ impl Queue {
 
     /// Gives a cluster a place in the top and fills it completely (I3). The part owns the cluster exclusively.
     fn fill_fresh(&mut self, number: usize, extent: Extent, locked: Locked, op: Op) {
-        let layout = self.disk.layout;
+        let layout = self.disk.layout();
         let cluster = layout.cluster_of(extent.start());
         let prepared = match self.chain.prepare_write(cluster) {
             Ok(WriteTarget::Fresh(prepared)) => prepared,
@@ -380,8 +393,7 @@ impl Queue {
         let Some(part) = self.parts.get_mut(number) else { return };
         if is_active(Mutant::PublishBeforeComplete) {
             let entry = PendingEntry { cluster, file: Some(prepared.place()) };
-            prepared.publish();
-            self.disk.flusher.note_change(entry, self.chain.pending());
+            self.disk.flusher.change(&self.chain, || (Some(entry), prepared.publish()));
         } else {
             part.prepared = Some(prepared);
         }
@@ -422,6 +434,33 @@ impl Queue {
             };
             self.start_assembly(number, Assembly::write(file, base, range, overlay, background));
         }
+    }
+
+    /// Copies a cluster to another place in the file and publishes that. The part owns the cluster exclusively: nobody
+    /// writes to the old place meanwhile, and when it is freed nobody is at it (I4 b).
+    fn move_cluster(&mut self, number: usize, cluster: GuestCluster, to: Destination) {
+        if self.disk.keeps_entries() {
+            // Who merges the top reads its places without a lock, and is not told of moves.
+            return self.end_part(number, Err(libc::EBUSY));
+        }
+        let (prepared, from) = match self.chain.prepare_move(cluster, to) {
+            Ok(Some(found)) => found,
+            Ok(None) => return self.end_part(number, Ok(())),
+            Err(error) => return self.end_part(number, Err(error.guest_errno())),
+        };
+        let (file, base, skips_zeros) = (self.slots[self.top()], prepared.offset().0, prepared.known_zero());
+        let Some(part) = self.parts.get_mut(number) else { return };
+        if is_active(Mutant::PublishBeforeComplete) {
+            let entry = PendingEntry { cluster, file: Some(prepared.place()) };
+            self.disk.flusher.change(&self.chain, || (Some(entry), prepared.publish()));
+        } else {
+            part.prepared = Some(prepared);
+        }
+        // Also what lies in the file past the end of the disk: the place is to be whole.
+        let all = Extent::between(0, self.disk.layout().cluster_bytes());
+        let nothing = Extent::between(0, 0);
+        let background = Background::Elsewhere { offset: from.0, skips_zeros };
+        self.start_assembly(number, Assembly::write(file, base, all, nothing, background));
     }
 
     /// The file has zeroed a range, or cannot: then zeros are written.

@@ -22,12 +22,13 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use super::allocating::Grant;
+use super::allocating::{Grant, Want};
 use super::disk::{Disk, QueueCount, count, strictest_alignment};
 use super::flusher::Ticket;
 use super::gate::Entry;
 use super::inbox::{Inbox, Message};
 use super::placing::Turn;
+use super::presence::Presence;
 use super::slab::Slab;
 use super::transferring::{Locked, Part, Work, rejoin_two};
 use super::{Completion, Op, Request};
@@ -64,8 +65,16 @@ pub struct Queue {
     pub(super) io: Box<dyn IoQueue>,
     pub(super) chain: Arc<Chain>,
     chain_epoch: u64,
+    /// A later chain is served, whose files could not be attached.
+    is_outdated: bool,
     /// The chain's files in `io`, base first.
     pub(super) slots: Vec<FileSlot>,
+    /// Files of former chains, which parts that began with them may still read.
+    retired: Vec<FileSlot>,
+    /// Parts that began with a former chain.
+    old_parts: usize,
+    /// Which chain the oldest part began with, for whoever frees places of a file.
+    presence: Arc<Presence>,
     pub(super) alignment: Alignment,
     pub(super) requests: Slab<Running>,
     pub(super) parts: Slab<Part>,
@@ -89,14 +98,42 @@ pub struct Queue {
     _count: QueueCount,
 }
 
-fn attach_all(io: &mut dyn IoQueue, chain: &Chain) -> Result<Vec<FileSlot>> {
-    let attach = |delta| {
-        io.attach(Arc::clone(chain.storage(delta))).map_err(|cause| {
-            Error::io(ErrorKind::System, "attach image to an input/output queue", cause)
-                .at_path(chain.name(delta))
-        })
+/// The slots of a chain's files, base first: those in `known` (another chain and its slots) keep theirs.
+fn attach_all(
+    io: &mut dyn IoQueue,
+    chain: &Chain,
+    known: Option<(&Chain, &[FileSlot])>,
+) -> Result<Vec<FileSlot>> {
+    let slot_of = |delta: usize| {
+        let (old, slots) = known?;
+        let is_same = |index: &usize| Arc::ptr_eq(old.storage(*index), chain.storage(delta));
+        // Mostly nothing but the top is new, or everything above one place has moved down by one.
+        [delta, delta + 1]
+            .into_iter()
+            .filter(|index| *index < old.depth())
+            .find(is_same)
+            .map(|index| slots[index])
     };
-    (0..chain.depth()).map(attach).collect()
+    let mut slots = Vec::new();
+    let mut attached = Vec::new();
+    for delta in 0..chain.depth() {
+        let slot = match slot_of(delta) {
+            Some(slot) => slot,
+            None => match io.attach(Arc::clone(chain.storage(delta))) {
+                Ok(slot) => {
+                    attached.push(slot);
+                    slot
+                }
+                Err(cause) => {
+                    attached.into_iter().for_each(|slot| io.detach(slot));
+                    return Err(Error::io(ErrorKind::System, "attach image to an input/output queue", cause)
+                        .at_path(chain.name(delta)));
+                }
+            },
+        };
+        slots.push(slot);
+    }
+    Ok(slots)
 }
 
 impl Queue {
@@ -104,7 +141,7 @@ impl Queue {
         let disk = Arc::clone(&queue_count.0);
         let chain_epoch = disk.chain_epoch();
         let chain = disk.chain();
-        let slots = attach_all(io.as_mut(), &chain)?;
+        let slots = attach_all(io.as_mut(), &chain, None)?;
         let inbox = Arc::new(Inbox::new(io.waker()));
         disk.gate.add_queue(&inbox);
         let alignment = strictest_alignment(&chain);
@@ -117,7 +154,11 @@ impl Queue {
             io,
             chain,
             chain_epoch,
+            is_outdated: false,
             slots,
+            retired: Vec::new(),
+            old_parts: 0,
+            presence: disk.readers.add(),
             alignment,
             requests: Slab::new(),
             parts: Slab::new(),
@@ -144,12 +185,15 @@ impl Queue {
 
     /// Takes a request. Its transfers start at the next [`run`](Self::run), its completion comes from one.
     pub fn submit(&mut self, request: Request) {
+        // First, then the look at which chain is current.
+        self.presence.enter(self.chain_epoch);
         self.refresh_chain();
         if let Some(errno) = self.refusal(&request) {
             let Request { id, op, extent, buffer } = request;
-            return self.complete(id, op, extent, Err(errno), buffer);
+            self.complete(id, op, extent, Err(errno), buffer);
+            return self.leave_if_idle();
         }
-        if !request.op.changes_data() {
+        if !request.op.changes_image() {
             self.begin(request);
         } else if !self.held.is_empty() {
             self.held.push_back(request);
@@ -157,6 +201,14 @@ impl Queue {
             self.held.push_back(request);
         }
         self.settle();
+        self.leave_if_idle();
+    }
+
+    /// Without parts nothing of this queue has an address in any file.
+    fn leave_if_idle(&self) {
+        if self.parts.len() == 0 {
+            self.presence.leave();
+        }
     }
 
     /// Requests taken and not yet handed out as completions.
@@ -189,9 +241,16 @@ impl Queue {
             self.finished_transfer(operation);
         }
         self.done = done;
-        let reaped = reaped?;
+        let reaped = match reaped {
+            Ok(reaped) => reaped,
+            Err(error) => {
+                self.leave_if_idle();
+                return Err(error);
+            }
+        };
         self.look_around();
         self.submit_backlog();
+        self.leave_if_idle();
         let finished = self.completions.len();
         completions.append(&mut self.completions);
         Ok(Reaped { finished, ..reaped })
@@ -203,33 +262,71 @@ impl Queue {
         if epoch == self.chain_epoch {
             return;
         }
+        self.is_outdated = true;
         let chain = self.disk.chain();
         // On failure the old chain stays and is tried again; it must not serve anything meanwhile: see `refusal`.
-        if let Ok(slots) = attach_all(self.io.as_mut(), &chain) {
+        let known = Some((&*self.chain, &*self.slots));
+        let attached = attach_all(self.io.as_mut(), &chain, known);
+        if let Ok(slots) = attached {
+            self.retired.extend(self.slots.iter().filter(|slot| !slots.contains(slot)));
             self.slots = slots;
             self.alignment = strictest_alignment(&chain);
             self.chain = chain;
             self.chain_epoch = epoch;
+            self.is_outdated = false;
+            self.old_parts = self.parts.len();
+            self.let_go();
         }
     }
 
+    /// Lets go of the files of former chains once nothing that began with them is left.
+    fn let_go(&mut self) {
+        if self.old_parts == 0 {
+            self.retired.drain(..).for_each(|slot| self.io.detach(slot));
+            self.presence.advance(self.chain_epoch);
+            self.disk.flusher.nudge();
+        }
+    }
+
+    /// Takes a part out.
+    pub(super) fn remove_part(&mut self, number: usize) -> Option<Part> {
+        let part = self.parts.remove(number)?;
+        if part.chain_epoch != self.chain_epoch {
+            self.old_parts = self.old_parts.saturating_sub(1);
+            self.let_go();
+        }
+        Some(part)
+    }
+
+    /// Which chain new parts begin with.
+    pub(super) fn current_epoch(&self) -> u64 {
+        self.chain_epoch
+    }
+
     /// Why a request cannot be taken at all.
-    fn refusal(&self, request: &Request) -> Option<i32> {
+    fn refusal(&mut self, request: &Request) -> Option<i32> {
         let extent = request.extent;
         if request.op != Op::Flush {
             let buffer_len = request.buffer.as_ref().map(|buffer| buffer.len() as u64);
             let wanted_len = matches!(request.op, Op::Read | Op::Write { .. }).then(|| extent.len());
-            if buffer_len != wanted_len || !self.disk.layout.contains(extent) {
+            if buffer_len != wanted_len || !self.disk.layout().contains(extent) {
+                return Some(libc::EINVAL);
+            }
+            let cluster = self.disk.layout().cluster_of(extent.start());
+            if matches!(request.op, Op::Relocate(_)) && extent != self.disk.layout().cluster_extent(cluster) {
                 return Some(libc::EINVAL);
             }
         }
         if self.in_flight() >= self.disk.options.requests_max {
             return Some(libc::EAGAIN);
         }
-        if self.chain_epoch != self.disk.chain_epoch() {
+        // Behind the look at the size: whoever sees a new one finds the chain that has it. A chain that comes from here on
+        // is none of a read's business, which began before, and a write looks again behind the gate.
+        self.refresh_chain();
+        if self.is_outdated {
             return Some(libc::EIO);
         }
-        if request.op.changes_data() && self.disk.is_read_only() {
+        if request.op.changes_image() && self.disk.is_read_only() {
             return Some(libc::EROFS);
         }
         (request.op != Op::Read && self.disk.is_poisoned()).then_some(libc::EIO)
@@ -337,6 +434,11 @@ impl Queue {
                 self.end_of_part(number, Ok(()));
             }
             (Op::Flush, _) => self.data_is_done(number),
+            (Op::Relocate(_), _) => {
+                let part = self.add_part(number, extent, None);
+                self.ask_for_lock(part, Want::Exclusive);
+                self.end_of_part(number, Ok(()));
+            }
             _ => self.continue_zeroing(number),
         }
     }
@@ -380,10 +482,11 @@ impl Queue {
     fn data_is_done(&mut self, number: usize) {
         let Some(running) = self.requests.get(number) else { return };
         let (op, extent, errno) = (running.op, running.extent, running.errno);
-        if op.changes_data() {
-            if !is_active(Mutant::MarkBeforeWrite) {
-                self.disk.trackers.mark(extent);
-            }
+        if op.changes_data() && !is_active(Mutant::MarkBeforeWrite) {
+            self.disk.trackers.mark(extent);
+        }
+        if op.changes_image() {
+            self.disk.flusher.note_write();
             self.disk.gate.leave();
         }
         let needs_flush = !self.disk.is_read_only() && (op == Op::Flush || (op.is_fua() && errno.is_none()));
@@ -424,7 +527,7 @@ impl Queue {
             Op::Read => (Some(&counters.reads), Some(&counters.read_bytes)),
             Op::Write { .. } => (Some(&counters.writes), Some(&counters.written_bytes)),
             Op::WriteZeroes { .. } | Op::Discard => (Some(&counters.zeroes), Some(&counters.zeroed_bytes)),
-            Op::Flush => (None, None),
+            Op::Flush | Op::Relocate(_) => (None, None),
         };
         if let Some(requests) = requests {
             count(requests, 1);
@@ -454,6 +557,8 @@ impl Queue {
         for mut part in self.parts.drain() {
             std::mem::forget(part.prepared.take());
         }
+        // Nor is any place given back that they may read from.
+        std::mem::forget(Arc::clone(&self.presence));
     }
 }
 
@@ -491,6 +596,9 @@ impl Drop for Queue {
             // A request without parts left waits for the flusher; it has left the gate.
             if running.op.changes_data() && running.parts > 0 {
                 self.disk.trackers.mark(running.extent);
+            }
+            if running.op.changes_image() && running.parts > 0 {
+                self.disk.flusher.note_write();
                 self.disk.gate.leave();
             }
         }

@@ -186,6 +186,9 @@ pub struct State {
     pub takeovers: u32,
     /// Why nobody serves the disk any more, when that was not wanted.
     pub failure: Option<Failure>,
+    /// Who uses the disk, where several use the same images: a name for `umount`.
+    #[serde(default)]
+    pub component: Option<String>,
 }
 
 impl State {
@@ -205,6 +208,7 @@ impl State {
             server: None,
             takeovers: 0,
             failure: None,
+            component: None,
         }
     }
 
@@ -213,9 +217,26 @@ impl State {
         [&self.keeper, &self.server].into_iter().flatten().any(ProcessMark::is_running)
     }
 
+    /// Whether it writes to `file`: of its deltas, only the top is written.
+    fn writes(&self, file: &ImageFile) -> bool {
+        !self.open.read_only && self.images.last().is_some_and(|top| top.is_same_file(file))
+    }
+
+    /// Of several that use `file`, the one that it names: whose top it is, then one that is written to.
+    fn meant<'a>(states: &'a [Self], file: &ImageFile) -> Option<&'a Self> {
+        let rank = |state: &&Self| {
+            let is_top = state.images.last().is_some_and(|top| top.is_same_file(file));
+            (is_top, !state.open.read_only)
+        };
+        states.iter().filter(|state| state.uses(file)).max_by_key(rank)
+    }
+
     /// Whether `file` is one of its deltas or its descriptor.
     pub fn uses(&self, file: &ImageFile) -> bool {
-        self.images.iter().chain(&self.descriptor).any(|own| own.is_same_file(file))
+        // Each change of the snapshots puts another file in the descriptor's place: its name is what stays.
+        let is_descriptor = |own: &ImageFile| own.is_same_file(file) || own.path == file.path;
+        self.images.iter().any(|own| own.is_same_file(file))
+            || self.descriptor.as_ref().is_some_and(is_descriptor)
     }
 }
 
@@ -315,8 +336,8 @@ impl Runtime {
         Ok(states)
     }
 
-    /// Makes a new entry, unless one that uses any of `images` is there: then the error is [`ErrorKind::InUse`].
-    /// Read-only disks may share files with each other.
+    /// Makes a new entry, unless one is there that writes to any of its images or whose images it would write to: then
+    /// the error is [`ErrorKind::InUse`]. What neither writes may be shared: the frozen images below a running disk.
     pub fn create(&self, id: &str, state: &State) -> Result<Entry> {
         let _lock = self.lock()?;
         if !is_id(id) {
@@ -327,7 +348,18 @@ impl Runtime {
         }
         for other in self.states()? {
             let shares = state.images.iter().any(|image| other.uses(image));
-            if shares && !(other.open.read_only && state.open.read_only) {
+            if shares && state.component.is_some() && other.component == state.component {
+                let component = state.component.as_deref().unwrap_or_default();
+                return Err(Error::new(
+                    ErrorKind::InUse,
+                    format!("the image is mounted already as {component}"),
+                )
+                .at_path(state.images.last().map(|image| image.path.clone()).unwrap_or_default())
+                .advise("choose another name for -c, or unmount that one"));
+            }
+            let conflicts = state.images.iter().any(|image| other.writes(image))
+                || other.images.iter().any(|image| state.writes(image));
+            if conflicts {
                 let name = state.images.last().map(|image| image.path.clone()).unwrap_or_default();
                 let place = other.loop_device.as_ref().map_or_else(
                     || self.entry(&other.id).disk_file().display().to_string(),
@@ -364,7 +396,18 @@ impl Runtime {
     /// The served disk that `name` means: a loop device or its mount point, an image file, or a descriptor (or the
     /// folder it lies in).
     pub fn find(&self, name: &Path) -> Result<Option<State>> {
-        let states = self.states()?;
+        self.find_among(self.states()?, name)
+    }
+
+    /// As [`find`](Self::find), among the disks that were mounted as this component.
+    pub fn find_component(&self, name: &Path, component: &str) -> Result<Option<State>> {
+        let mut states = self.states()?;
+        states.retain(|state| state.component.as_deref() == Some(component));
+        self.find_among(states, name)
+    }
+
+    #[allow(clippy::unused_self, reason = "names mean something within one run-time folder")]
+    fn find_among(&self, states: Vec<State>, name: &Path) -> Result<Option<State>> {
         let by_path =
             |state: &&State| state.loop_device.as_deref() == Some(name) || Path::new(&state.id) == name;
         if let Some(found) = states.iter().find(by_path) {
@@ -393,12 +436,12 @@ impl Runtime {
             }
             let descriptor = path.join("DiskDescriptor.xml");
             return match ImageFile::at(&descriptor) {
-                Ok(file) => Ok(states.into_iter().find(|state| state.uses(&file))),
+                Ok(file) => Ok(State::meant(&states, &file).cloned()),
                 Err(_) => Ok(None),
             };
         }
         let file = ImageFile::at(&path)?;
-        Ok(states.into_iter().find(|state| state.uses(&file)))
+        Ok(State::meant(&states, &file).cloned())
     }
 
     /// Removes entries whose processes are gone and that nothing in the kernel depends on any more; what was removed.

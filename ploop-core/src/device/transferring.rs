@@ -31,6 +31,8 @@ pub(super) struct Part {
     pub(super) locked: Option<Locked>,
     /// A fresh cluster being filled.
     pub(super) prepared: Option<PreparedWrite>,
+    /// The chain it began with.
+    pub(super) chain_epoch: u64,
     pub(super) work: Work,
 }
 
@@ -67,15 +69,24 @@ impl Queue {
         if let Some(running) = self.requests.get_mut(number) {
             running.parts += 1;
         }
-        let cluster = self.disk.layout.cluster_of(extent.start()).0;
+        let cluster = self.disk.layout().cluster_of(extent.start()).0;
         let work = Work::Waiting(cluster);
-        self.parts.insert(Part { request: number, extent, data, locked: None, prepared: None, work })
+        let chain_epoch = self.current_epoch();
+        self.parts.insert(Part {
+            request: number,
+            extent,
+            data,
+            locked: None,
+            prepared: None,
+            chain_epoch,
+            work,
+        })
     }
 
     /// Asks for the lock of a part's only cluster; goes on at once if it is free.
     pub(super) fn ask_for_lock(&mut self, part: usize, want: Want) {
         let Some(asking) = self.parts.get_mut(part) else { return };
-        let cluster = self.disk.layout.cluster_of(asking.extent.start()).0;
+        let cluster = self.disk.layout().cluster_of(asking.extent.start()).0;
         asking.work = Work::Waiting(cluster);
         let inbox = &self.inbox;
         let waiter = || Waiter { inbox: Arc::clone(inbox), token: part as u64 };
@@ -108,15 +119,17 @@ impl Queue {
 
     /// Ends a part: publishes a fresh cluster or drops its reservation, passes locks on, returns the buffer.
     pub(super) fn end_part(&mut self, number: usize, result: std::result::Result<(), i32>) {
-        let Some(mut part) = self.parts.remove(number) else { return };
+        let Some(mut part) = self.remove_part(number) else { return };
         let mut is_allocated = false;
         if let Some(prepared) = part.prepared.take()
             && result.is_ok()
         {
             let entry = PendingEntry { cluster: prepared.cluster(), file: Some(prepared.place()) };
-            prepared.publish();
-            count(&self.disk.counters.allocated_clusters, 1);
-            self.disk.flusher.note_change(entry, self.chain.pending());
+            let counters = &self.disk.counters;
+            let counter =
+                if prepared.is_move() { &counters.moved_clusters } else { &counters.allocated_clusters };
+            self.disk.flusher.change(&self.chain, || (Some(entry), prepared.publish()));
+            count(counter, 1);
             is_allocated = true;
         }
         if let Some(Locked { first, last, mut mode }) = part.locked.take() {

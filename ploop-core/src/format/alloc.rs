@@ -102,6 +102,17 @@ impl ClusterSet {
     }
 }
 
+/// Which free cluster to hand out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Wanted {
+    /// The lowest; the file grows if it must.
+    Lowest,
+    /// The lowest, if it is below this one; the file does not grow.
+    Below(u32),
+    /// The lowest at or past this one; the file grows if it must.
+    From(u32),
+}
+
 /// A cluster handed out.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Taken {
@@ -125,6 +136,8 @@ struct Inner {
     used: ClusterSet,
     /// No cluster from the first data cluster up to here is free.
     lowest_free: u32,
+    /// No cluster before this one is handed out.
+    floor: u32,
     /// From here on no cluster has been handed out in this session.
     fresh: u32,
     /// The first cluster wholly past the end of the file as it was opened.
@@ -163,6 +176,7 @@ impl ClusterAllocator {
         let inner = Inner {
             used,
             lowest_free: first,
+            floor: first,
             fresh: zero_start.max(first),
             zero_start: zero_start.max(first),
             file_clusters,
@@ -197,6 +211,17 @@ impl ClusterAllocator {
         guest: GuestCluster,
         is_mapped: impl FnOnce() -> bool,
     ) -> Result<Option<Taken>> {
+        self.take_where(storage, guest, Wanted::Lowest, is_mapped)
+    }
+
+    /// As [`take`](Self::take), from certain places; `None` also when no such place is free and the file is not to grow.
+    pub(crate) fn take_where(
+        &self,
+        storage: &dyn Storage,
+        guest: GuestCluster,
+        wanted: Wanted,
+        is_mapped: impl FnOnce() -> bool,
+    ) -> Result<Option<Taken>> {
         let mut inner = self.lock();
         if is_mapped() {
             return Ok(None);
@@ -207,17 +232,7 @@ impl ClusterAllocator {
         if inner.reserved.contains(&guest) {
             return Err(Error::new(ErrorKind::Busy, "allocate a cluster: another write is allocating it"));
         }
-        let first = inner.lowest_free;
-        let cluster = match inner.used.first_absent(first, inner.file_clusters) {
-            Some(cluster) => cluster,
-            None => {
-                self.grow(storage, &mut inner)?;
-                let end = inner.file_clusters;
-                inner.used.first_absent(first, end).ok_or_else(|| {
-                    Error::new(ErrorKind::Allocate, "allocate a cluster: the file did not grow")
-                })?
-            }
-        };
+        let Some(cluster) = self.choose(storage, &mut inner, wanted)? else { return Ok(None) };
         let reused = cluster < inner.fresh;
         if reused && !mutant::is_active(Mutant::ExtensionNotSynced) {
             // A free place may be a hole: its blocks are taken now, or the host being full would show in a sync.
@@ -230,7 +245,9 @@ impl ClusterAllocator {
         let fresh_zero = !reused && cluster >= inner.zero_start && cluster < inner.durable_clusters;
         inner.used.insert(cluster);
         inner.reserved.insert(guest);
-        inner.lowest_free = cluster + 1;
+        if inner.used.first_absent(inner.lowest_free, cluster).is_none() {
+            inner.lowest_free = cluster + 1;
+        }
         inner.fresh = inner.fresh.max(cluster + 1);
         let taken = Taken {
             cluster: FileCluster(cluster),
@@ -245,6 +262,57 @@ impl ClusterAllocator {
             inner.ahead_refused = self.grow(storage, &mut inner).is_err();
         }
         Ok(Some(taken))
+    }
+
+    /// A free cluster as wanted, after growing the file as often as that takes.
+    fn choose(&self, storage: &dyn Storage, inner: &mut Inner, wanted: Wanted) -> Result<Option<u32>> {
+        let lowest = inner.lowest_free.max(inner.floor);
+        let from = match wanted {
+            Wanted::Below(limit) => {
+                return Ok(inner.used.first_absent(lowest, inner.file_clusters.min(limit)));
+            }
+            Wanted::Lowest => lowest,
+            Wanted::From(from) => lowest.max(from),
+        };
+        loop {
+            if let Some(cluster) = inner.used.first_absent(from, inner.file_clusters) {
+                return Ok(Some(cluster));
+            }
+            let before = inner.file_clusters;
+            self.grow(storage, inner)?;
+            if inner.file_clusters == before {
+                return Err(Error::new(ErrorKind::Allocate, "allocate a cluster: the file did not grow"));
+            }
+        }
+    }
+
+    /// From now on no cluster below `floor` is handed out.
+    pub(crate) fn reserve_floor(&self, floor: FileCluster) {
+        self.lock().floor = floor.0;
+    }
+
+    /// Cuts the free clusters off the end of the file; how many bytes that was. No plan is between its seal and its
+    /// commit: a sync that has begun would count the cut clusters as durable.
+    pub(crate) fn cut_tail(&self, storage: &dyn Storage) -> Result<u64> {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        let highest = inner.used.highest().map(FileCluster);
+        let end_bytes = trimmed_bytes(&self.geometry, highest);
+        // At least one cluster, as at rest; whole clusters, as the allocator counts.
+        let end = self.geometry.clusters_in(end_bytes).max(self.geometry.first_data_cluster().0);
+        if end >= inner.file_clusters {
+            return Ok(0);
+        }
+        let cut_bytes = self.end_of(inner.file_clusters).saturating_sub(end_bytes);
+        storage.set_len(end_bytes).map_err(|source| {
+            Error::io(ErrorKind::Truncate, "cut the tail of the image", source).at_offset(end_bytes)
+        })?;
+        inner.file_clusters = end;
+        // What grows here again is known to be zero only once that growth has been synced.
+        inner.durable_clusters = inner.durable_clusters.min(end);
+        inner.zeroed.retain(|&cluster| cluster < end);
+        inner.punched.retain(|&cluster, _| cluster < end);
+        Ok(cut_bytes)
     }
 
     /// Clusters the disk can still ask for.

@@ -128,16 +128,16 @@ impl Table {
 
     /// Calls `visit` for each of the first `entries` entries that is not 0, in order.
     pub(crate) fn for_each_entry(&self, entries: u32, mut visit: impl FnMut(GuestCluster, u32)) {
+        let end_word = HEADER_WORDS + u64::from(entries);
         for (index, page) in self.pages.iter().enumerate() {
             let Some(page) = page.get() else { continue };
             let first_word = (index * PAGE_WORDS) as u64;
-            for (word, value) in (first_word..).zip(page.iter()) {
+            for (word, value) in (first_word..end_word).zip(page.iter()) {
                 let raw = value.load(Ordering::Acquire);
-                if raw != 0 && word >= HEADER_WORDS {
-                    match u32::try_from(word - HEADER_WORDS) {
-                        Ok(cluster) if cluster < entries => visit(GuestCluster(cluster), raw),
-                        _ => return,
-                    }
+                if raw != 0
+                    && let Some(Ok(cluster)) = word.checked_sub(HEADER_WORDS).map(u32::try_from)
+                {
+                    visit(GuestCluster(cluster), raw);
                 }
             }
         }
@@ -299,11 +299,18 @@ impl Bat {
         self.pending.load(Ordering::Acquire)
     }
 
-    /// Enters a mapping. The cluster's content is complete: it has been written, not yet synced.
+    /// Enters a mapping. The cluster's content is complete: it has been written, not yet synced. The place that the
+    /// entry named before goes into quarantine.
     pub(crate) fn publish(&self, cluster: GuestCluster, raw: u32) {
         let mut inner = self.lock();
-        if self.table.replace(cluster, raw) == 0 {
+        let before = self.table.replace(cluster, raw);
+        if before == 0 {
             self.allocated.fetch_add(1, Ordering::Relaxed);
+        } else if before != raw
+            && !mutant::is_active(Mutant::ReuseBeforeClearDurable)
+            && let Ok(Some(place)) = self.geometry.entry_to_cluster(before)
+        {
+            inner.cleared.push(place);
         }
         self.changed(&mut inner, cluster);
     }
@@ -486,6 +493,38 @@ impl Bat {
                 self.poison(&mut inner, ErrorKind::Sync, "sync the cleared in-use mark", source)
             })?;
         }
+        self.enter(&mut inner, State::Closed);
+        Ok(())
+    }
+
+    /// Gives the image the header `make` makes of the present one, durably, in one write of the first unit; the entries
+    /// behind it stay as they are in the file, which has them all. Nothing is written through this table afterwards: it
+    /// is that of the old sizes. A failure poisons the image.
+    pub(crate) fn replace_header(
+        &self,
+        storage: &dyn Storage,
+        make: impl FnOnce(&Header) -> Result<Header>,
+    ) -> Result<()> {
+        let operation = "write the header of the new size";
+        let mut inner = self.lock();
+        if inner.state != State::Open {
+            return Err(not_open(inner.state, operation));
+        }
+        if !inner.dirty.is_empty() || inner.plans > 0 || self.pending() > 0 {
+            return Err(Error::new(ErrorKind::Busy, format!("{operation}: the table is not flushed")));
+        }
+        let header = make(&inner.header)?.encode();
+        let len = usize::try_from(self.write_unit).unwrap_or(HEADER_LEN).max(HEADER_LEN);
+        let mut unit = vec![0; len];
+        let read = storage
+            .read_available_at(0, &mut unit)
+            .map_err(|source| Error::io(ErrorKind::Read, operation, source).at_offset(0))?;
+        unit.truncate(read.max(HEADER_LEN));
+        unit[..HEADER_LEN].copy_from_slice(&header);
+        storage
+            .write_all_at(0, &unit)
+            .map_err(|source| self.poison(&mut inner, ErrorKind::Write, operation, source))?;
+        storage.sync_data().map_err(|source| self.poison(&mut inner, ErrorKind::Sync, operation, source))?;
         self.enter(&mut inner, State::Closed);
         Ok(())
     }

@@ -13,6 +13,7 @@
 //!   punch over it has completed.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,11 +28,13 @@ use super::delta::{Delta, Image, RepairSummary, Role};
 use super::extension::{self, Found};
 use super::geometry::{CLUSTER_SECTORS_DEFAULT, Geometry};
 use super::header::Header;
+use super::holders::{Held, Lookup};
 
 /// Most files of a chain.
 pub const DEPTH_MAX: usize = 128;
 
 /// One file of a chain, open.
+#[derive(Clone)]
 pub struct Source {
     /// How messages name it.
     pub name: PathBuf,
@@ -105,9 +108,29 @@ pub struct PreparedWrite {
     taken: Taken,
     entry: u32,
     published: bool,
+    /// Of a move: where the cluster is until this is published.
+    moved_from: Option<FileCluster>,
 }
 
 impl PreparedWrite {
+    /// On an error the reservation goes back.
+    pub(super) fn new(
+        chain: &Arc<Chain>,
+        cluster: GuestCluster,
+        taken: Taken,
+        moved_from: Option<FileCluster>,
+    ) -> Result<Self> {
+        let mut prepared =
+            Self { chain: Arc::clone(chain), cluster, taken, entry: 0, published: false, moved_from };
+        prepared.entry = chain.geometry.cluster_to_entry(taken.cluster)?;
+        Ok(prepared)
+    }
+
+    /// Whether it replaces another place that the top has for the cluster.
+    pub fn is_move(&self) -> bool {
+        self.moved_from.is_some()
+    }
+
     /// The guest cluster it is for.
     pub fn cluster(&self) -> GuestCluster {
         self.cluster
@@ -137,6 +160,11 @@ impl PreparedWrite {
         if let Some(image) = &self.chain.top_delta().image {
             image.bat.publish(self.cluster, self.entry);
             self.published = true;
+            if let (Some(from), Some(allocator)) = (self.moved_from, &image.allocator)
+                && mutant::is_active(Mutant::ReuseBeforeClearDurable)
+            {
+                allocator.release(from, false);
+            }
         }
     }
 }
@@ -157,10 +185,12 @@ impl fmt::Debug for PreparedWrite {
 
 /// An open chain. All methods may be called from any thread.
 pub struct Chain {
-    deltas: Vec<Delta>,
-    geometry: Geometry,
-    writable: bool,
-    repairs: RepairSummary,
+    pub(super) deltas: Vec<Arc<Delta>>,
+    pub(super) geometry: Geometry,
+    pub(super) writable: bool,
+    pub(super) repairs: RepairSummary,
+    /// Of a chain with lower deltas.
+    pub(super) lookup: Option<Lookup>,
 }
 
 impl fmt::Debug for Chain {
@@ -238,7 +268,36 @@ impl Chain {
             Some(delta) => delta.geometry.clone(),
             None => return Err(Error::new(ErrorKind::Parameter, "open disk: no file")),
         };
-        Ok(Self { deltas, geometry, writable: options.access == Access::ReadWrite, repairs })
+        let deltas: Vec<Arc<Delta>> = deltas.into_iter().map(Arc::new).collect();
+        let lookup = match deltas.as_slice() {
+            [lower @ .., _] if !lower.is_empty() => Some(Lookup::build(lower, geometry.entries())?),
+            _ => None,
+        };
+        Ok(Self { deltas, geometry, writable: options.access == Access::ReadWrite, repairs, lookup })
+    }
+
+    /// The same files opened anew, as their headers and tables are now; the top stays in use. For changes of size: this
+    /// chain does not write to the files any more. The new one puts no cluster before `floor`.
+    pub(crate) fn reopened(&self, floor: FileCluster) -> Result<Arc<Self>> {
+        let sources = self.deltas.iter().map(|delta| Source {
+            name: delta.name.clone(),
+            storage: Arc::clone(&delta.storage),
+            raw: delta.image.is_none(),
+        });
+        let options = ChainOptions {
+            access: Access::ReadWrite,
+            raw_cluster: Some(Sectors(u64::from(self.geometry.cluster_sectors()))),
+            accept_in_use: true,
+        };
+        let chain = Self::open(sources.collect(), &options)?;
+        if let Some(Image { allocator: Some(allocator), .. }) = &chain.top_delta().image {
+            allocator.reserve_floor(floor);
+        }
+        Ok(chain)
+    }
+
+    pub(super) fn deltas(&self) -> &[Arc<Delta>] {
+        &self.deltas
     }
 
     pub(super) fn top_delta(&self) -> &Delta {
@@ -332,9 +391,29 @@ impl Chain {
     }
 
     /// The highest of the first `count` deltas that holds a cluster, where, and how many of its bytes are there.
-    fn find(&self, count: usize, cluster: GuestCluster) -> Option<(usize, FileOffset, u64)> {
+    pub(super) fn find(&self, count: usize, cluster: GuestCluster) -> Option<(usize, FileOffset, u64)> {
+        let Some(lookup) = &self.lookup else { return self.walk(count, cluster) };
+        let covered = lookup.covered().min(count);
+        if let Some(found) = self.walk_range(covered..count, cluster) {
+            return Some(found);
+        }
+        let at = |index: usize| self.deltas[index].find(cluster).map(|(offset, len)| (index, offset, len));
+        match lookup.holder(cluster) {
+            Held::Nowhere if self.deltas[0].image.is_some() || covered == 0 => None,
+            Held::Nowhere => at(0),
+            Held::By(index) if index < covered => at(index).or_else(|| self.walk(covered, cluster)),
+            Held::By(_) | Held::Unknown => self.walk(covered, cluster),
+        }
+    }
+
+    /// As [`find`](Self::find), delta by delta.
+    pub(super) fn walk(&self, count: usize, cluster: GuestCluster) -> Option<(usize, FileOffset, u64)> {
+        self.walk_range(0..count, cluster)
+    }
+
+    fn walk_range(&self, range: Range<usize>, cluster: GuestCluster) -> Option<(usize, FileOffset, u64)> {
         let found = |index: usize| self.deltas[index].find(cluster).map(|(offset, len)| (index, offset, len));
-        (0..count).rev().find_map(found)
+        range.rev().find_map(found)
     }
 
     /// Entries of the longest table of the first `count` deltas.
@@ -423,10 +502,7 @@ impl Chain {
         let Some(taken) = allocator.take(&top.storage, cluster, || entry() != 0)? else {
             return in_place(entry());
         };
-        let mut prepared =
-            PreparedWrite { chain: Arc::clone(self), cluster, taken, entry: 0, published: false };
-        // On an error the reservation goes back as `prepared` is dropped.
-        prepared.entry = self.geometry.cluster_to_entry(taken.cluster)?;
+        let prepared = PreparedWrite::new(self, cluster, taken, None)?;
         Ok(WriteTarget::Fresh(prepared))
     }
 
@@ -570,7 +646,7 @@ fn raw_cluster(above: Option<&Geometry>, asked: Option<Sectors>) -> Result<Secto
 }
 
 /// All images of a chain have the same version and cluster size.
-fn check_fits(delta: &Delta, above: &Geometry) -> Result<()> {
+pub(super) fn check_fits(delta: &Delta, above: &Geometry) -> Result<()> {
     let own = &delta.geometry;
     if (own.version(), own.cluster_sectors()) == (above.version(), above.cluster_sectors()) {
         return Ok(());

@@ -101,8 +101,11 @@ impl Image {
 /// A state on the way from one descriptor to the next. Kept as found; none of them may become the top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Transition {
-    /// To be merged as soon as nothing uses it; also the mark of a merge that is under way.
+    /// To be merged as soon as nothing uses it. The original also marks a merge under way with it.
     Temporary,
+    /// A merge into its file, or through it, has begun: what it was can no longer be read, and only going on helps.
+    /// Written as `Temporary`, which the original understands, and an element of our own.
+    Merging,
     /// First half of a merge from above into below.
     TemporaryZero,
     /// Second half of it.
@@ -110,15 +113,22 @@ pub enum Transition {
 }
 
 impl Transition {
-    const ALL: [Self; 3] = [Self::Temporary, Self::TemporaryZero, Self::TemporaryZeroSwap];
+    #[cfg(test)]
+    const ALL: [Self; 4] = [Self::Temporary, Self::Merging, Self::TemporaryZero, Self::TemporaryZeroSwap];
 
     /// The descriptor's word for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Temporary => "Temporary",
+            Self::Merging => "Merging",
             Self::TemporaryZero => "TemporaryZero",
             Self::TemporaryZeroSwap => "TemporaryZeroSwap",
         }
+    }
+
+    /// Whether the state of a shot so marked can still be read. Those that stand on it always can.
+    pub fn is_readable(self) -> bool {
+        self == Self::Temporary
     }
 }
 
@@ -169,6 +179,10 @@ pub struct DiskDescriptor {
     shots: Vec<Shot>,
     top: Guid,
     volume: Option<Node>,
+    /// Files that no image needs any more and that may still be there.
+    obsolete: Vec<String>,
+    /// The states whose files those were.
+    gone: Vec<Guid>,
     rest: RestOf,
 }
 
@@ -213,6 +227,8 @@ impl DiskDescriptor {
             }],
             top: Guid::TOP,
             volume: None,
+            obsolete: Vec::new(),
+            gone: Vec::new(),
             rest: RestOf::default(),
         };
         descriptor.set_disk_sectors(disk)?;
@@ -449,5 +465,11 @@ fn unique(element: &str, guids: impl Iterator<Item = Guid>) -> Result<BTreeSet<G
 }
 
 mod document;
+mod layout;
 #[cfg(test)]
 mod tests;
+mod verbs;
+#[cfg(test)]
+mod verbs_tests;
+
+pub use verbs::MergeInto;

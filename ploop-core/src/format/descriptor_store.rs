@@ -19,10 +19,10 @@ pub const TEMPORARY_PREFIX: &str = "DiskDescriptor.xml.tmp.";
 
 impl DiskDescriptor {
     /// Reads the descriptor of the bundle in `folder`. `path` is that folder's, for absolute names written by old
-    /// tools; `None` refuses those.
+    /// tools, and for messages; without it the folder itself says where it is.
     pub fn load(folder: &dyn Folder, path: Option<&std::path::Path>) -> Result<Self> {
         read_document(folder)
-            .and_then(|bytes| Self::parse_in(&bytes, path))
+            .and_then(|bytes| Self::parse_in(&bytes, folder.real_path().as_deref().or(path)))
             .map_err(|error| error.at_path(path.unwrap_or(std::path::Path::new("")).join(DESCRIPTOR_NAME)))
     }
 
@@ -42,6 +42,16 @@ impl DiskDescriptor {
     }
 
     fn store_as(&self, folder: &dyn Folder, replace: Replace) -> Result<()> {
+        self.stage_as(folder, replace)?.commit()
+    }
+
+    /// The first half of [`store`](Self::store): the new descriptor is durable under a temporary name, and nothing but
+    /// [`commit`](StagedDescriptor::commit) is left to do. Dropping it takes the temporary file away.
+    pub fn stage<'a>(&self, folder: &'a dyn Folder) -> Result<StagedDescriptor<'a>> {
+        self.stage_as(folder, Replace::Always)
+    }
+
+    fn stage_as<'a>(&self, folder: &'a dyn Folder, replace: Replace) -> Result<StagedDescriptor<'a>> {
         let mut converted = self.clone();
         converted.convert_top()?;
         let bytes = converted.to_bytes();
@@ -52,25 +62,42 @@ impl DiskDescriptor {
             ));
         }
         let name = temporary_name();
-        let written = write_temporary(folder, &name, &bytes, replace).and_then(|()| {
-            let renamed = match replace {
-                Replace::Always => folder.rename(&name, DESCRIPTOR_NAME),
-                Replace::Never => folder.rename_exclusive(&name, DESCRIPTOR_NAME),
-            };
-            renamed.map_err(|error| match error.kind() {
-                io::ErrorKind::AlreadyExists => {
-                    Error::io(ErrorKind::Create, "write descriptor: there is one", error)
-                }
-                _ => Error::io(ErrorKind::Rename, "write descriptor: rename it into place", error),
-            })
-        });
-        if let Err(error) = written {
+        if let Err(error) = write_temporary(folder, &name, &bytes, replace) {
             return Err(remove_temporary(folder, &name, error).at_path(DESCRIPTOR_NAME));
+        }
+        Ok(StagedDescriptor { folder, name: Some(name), replace })
+    }
+}
+
+/// A descriptor that is durable under a temporary name; see [`DiskDescriptor::stage`].
+#[must_use]
+pub struct StagedDescriptor<'a> {
+    folder: &'a dyn Folder,
+    name: Option<String>,
+    replace: Replace,
+}
+
+impl StagedDescriptor<'_> {
+    /// Puts it in place of the present one, durably; errors are those of [`DiskDescriptor::store`].
+    pub fn commit(mut self) -> Result<()> {
+        let Some(name) = self.name.take() else { return Ok(()) };
+        let renamed = match self.replace {
+            Replace::Always => self.folder.rename(&name, DESCRIPTOR_NAME),
+            Replace::Never => self.folder.rename_exclusive(&name, DESCRIPTOR_NAME),
+        };
+        let renamed = renamed.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                Error::io(ErrorKind::Create, "write descriptor: there is one", error)
+            }
+            _ => Error::io(ErrorKind::Rename, "write descriptor: rename it into place", error),
+        });
+        if let Err(error) = renamed {
+            return Err(remove_temporary(self.folder, &name, error).at_path(DESCRIPTOR_NAME));
         }
         if mutant::is_active(Mutant::RenameWithoutFolderSync) {
             return Ok(());
         }
-        folder.sync().map_err(|error| {
+        self.folder.sync().map_err(|error| {
             Error::io(
                 ErrorKind::OutcomeUnknown,
                 "write descriptor: the folder cannot be synced; the old or the new one may be there later",
@@ -81,6 +108,15 @@ impl DiskDescriptor {
                 "stop using this disk, repair its file system, then look at the descriptor before going on",
             )
         })
+    }
+}
+
+impl Drop for StagedDescriptor<'_> {
+    fn drop(&mut self) {
+        if let Some(name) = self.name.take() {
+            // A temporary file that stays harms nobody.
+            let _ = self.folder.unlink(&name);
+        }
     }
 }
 

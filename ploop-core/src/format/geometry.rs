@@ -96,6 +96,11 @@ impl Geometry {
         Self::build(version, cluster_sectors, disk)
     }
 
+    /// The geometry of an empty image to stand on an image of this one: version, cluster and disk are the same.
+    pub fn for_child(&self) -> Result<Self> {
+        Self::build(self.version, self.cluster_sectors, Sectors(self.disk_sectors))
+    }
+
     /// A geometry with clusters of any size from 1 sector, for tests that want small state spaces.
     #[cfg(any(test, feature = "testing"))]
     pub fn for_testing(version: Version, cluster: Sectors, disk: Sectors) -> Result<Self> {
@@ -147,6 +152,57 @@ impl Geometry {
             .advise("use version 2 or a smaller disk"));
         }
         Ok(geometry)
+    }
+
+    /// The geometry of this image with a disk of `disk`, which is a multiple of the cluster unless the disk ends at a
+    /// limit of the version. Clusters keep their place: the data start moves by whole clusters, up as far as the longer
+    /// table asks for, and down only if it was as low as it can be. Fails with `Parameter` beyond a limit.
+    pub fn resized(&self, disk: Sectors) -> Result<Self> {
+        let cluster = Sectors(u64::from(self.cluster_sectors));
+        if disk.0 == 0 {
+            return Err(parameter("a disk of 0 sectors is none".into()));
+        }
+        if self.raw {
+            // The limits of an image hold for a raw disk as well: it may get snapshots.
+            Self::build(Version::V2, self.cluster_sectors, disk)?;
+            let bytes = disk
+                .checked_bytes()
+                .ok_or_else(|| parameter(format!("disk of {disk}: more than 64 bits of bytes")))?;
+            return Self::raw(cluster, bytes);
+        }
+        let mut resized = Self::build(self.version, self.cluster_sectors, disk)?;
+        let least = |entries: u32| {
+            let table_end = table_bytes(entries).next_multiple_of(SECTOR_BYTES);
+            let phase = self.phase_bytes();
+            table_end.saturating_sub(phase).div_ceil(self.cluster_bytes) * self.cluster_bytes + phase
+        };
+        let (least_before, least_after) = (least(self.entries), least(resized.entries));
+        resized.data_start =
+            if self.data_start == least_before { least_after } else { self.data_start.max(least_after) };
+        if u32::try_from(resized.data_start / SECTOR_BYTES).is_err() {
+            return Err(parameter(format!("disk of {disk}: its table is too long for the header"))
+                .advise("use larger clusters"));
+        }
+        let clusters_in_file = u64::from(resized.first_data_cluster().0) + u64::from(resized.entries);
+        if clusters_in_file > u64::from(resized.file_clusters_max()) {
+            return Err(parameter(format!(
+                "disk of {disk}: its last clusters would lie where a version {} table cannot point",
+                self.version
+            ))
+            .advise("use version 2 or a smaller disk"));
+        }
+        Ok(resized)
+    }
+
+    /// The size a disk gets that is asked to have `disk`: rounded up to whole clusters, or down where rounding up would
+    /// pass the limit of version 1.
+    pub fn rounded(&self, disk: Sectors) -> Sectors {
+        let cluster = u64::from(self.cluster_sectors);
+        match disk.0.checked_next_multiple_of(cluster) {
+            Some(up) if self.raw || self.version == Version::V2 || up <= V1_DISK_SECTORS_MAX => Sectors(up),
+            _ if disk.0 <= V1_DISK_SECTORS_MAX => Sectors(disk.0 - disk.0 % cluster),
+            _ => disk,
+        }
     }
 
     /// What the numbers of a header mean, for reading. `data_start` is where data may begin, in bytes; the header

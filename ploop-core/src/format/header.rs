@@ -277,6 +277,20 @@ impl Header {
         Ok(Self { raw, geometry: geometry.clone(), obstacle: None })
     }
 
+    /// This header with the sizes of `geometry`, which [`Geometry::resized`] has made of its own; all else stays.
+    pub(crate) fn resized(&self, geometry: &Geometry) -> Result<Self> {
+        let created = Self::create(geometry)?;
+        let raw = RawHeader {
+            heads: created.raw.heads,
+            cylinders: created.raw.cylinders,
+            entries: created.raw.entries,
+            disk_sectors: created.raw.disk_sectors,
+            data_offset_sectors: created.raw.data_offset_sectors,
+            ..self.raw.clone()
+        };
+        Ok(Self { raw, geometry: geometry.clone(), obstacle: None })
+    }
+
     /// The 64 bytes.
     pub fn encode(&self) -> [u8; 64] {
         self.raw.encode()

@@ -27,8 +27,14 @@ pub mod extension;
 pub mod geometry;
 pub mod guid;
 pub mod header;
+mod holders;
 #[cfg(test)]
 mod model;
+pub mod moving;
+pub mod relocate;
+mod restack;
+pub mod stored_bitmap;
+pub(crate) mod survey;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod verify;
@@ -37,8 +43,10 @@ mod xml;
 pub use chain::{Chain, ChainOptions, Mapping, PreparedWrite, Source, WriteTarget};
 pub use commit::CommitPlan;
 pub use delta::{CreateOptions, Probe, RepairSummary, create_image, examine, probe};
-pub use descriptor::{DESCRIPTOR_NAME, DiskDescriptor, Image, ImageKind, Mode, Shot, Transition};
+pub use descriptor::{DESCRIPTOR_NAME, DiskDescriptor, Image, ImageKind, MergeInto, Mode, Shot, Transition};
 pub use geometry::{Geometry, Version};
 pub use guid::Guid;
 pub use header::{Header, InUse, RawHeader};
+pub use moving::Destination;
+pub use relocate::{Move, Preallocation, ResizePlan};
 pub use verify::{Finding, Verdict, WrongEntry};

@@ -23,6 +23,9 @@ pub enum Finding {
     Reserved,
     /// It points into header or table.
     IntoMetadata,
+    /// It points behind the table, and before the place where data begin. Only checks tell it from
+    /// [`IntoMetadata`](Self::IntoMetadata).
+    BeforeData,
     /// It points between the starts of clusters.
     Misaligned,
     /// Its cluster begins at or past the end of the file.
@@ -31,6 +34,8 @@ pub enum Finding {
     CutByEnd,
     /// Another entry names the same cluster.
     Shared,
+    /// It is the entry of a cluster past the end of the disk. Only checks care.
+    PastDisk,
 }
 
 impl fmt::Display for Finding {
@@ -38,10 +43,12 @@ impl fmt::Display for Finding {
         formatter.write_str(match self {
             Self::Reserved => "has the reserved value 0xffffffff",
             Self::IntoMetadata => "points into header or table",
+            Self::BeforeData => "points before the place where data begin",
             Self::Misaligned => "does not point to the start of a cluster",
             Self::BeyondEnd => "points past the end of the file",
             Self::CutByEnd => "points to a cluster that the end of the file cuts",
             Self::Shared => "points to a cluster that another entry names too",
+            Self::PastDisk => "is that of a cluster past the end of the disk",
         })
     }
 }

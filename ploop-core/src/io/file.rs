@@ -201,6 +201,11 @@ impl FileStorage {
         self.write_zeros(offset, len)
     }
 
+    /// The same open file, and with it the locks on it, with other options.
+    pub fn again(&self, options: &OpenOptions) -> io::Result<Self> {
+        Self::from_file(File::from(sys::duplicate(self)?), &self.path, options)
+    }
+
     /// Writes zeros up to the end of the file at most. Through the page cache: the ends may be unaligned.
     fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
         let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?.min(self.len()?);
@@ -363,6 +368,8 @@ impl AsFd for FileStorage {
 pub struct DirectoryFolder {
     descriptor: OwnedFd,
     path: PathBuf,
+    /// How [`Folder`] opens and creates files.
+    caching: Caching,
 }
 
 impl DirectoryFolder {
@@ -371,7 +378,15 @@ impl DirectoryFolder {
         let path = path.as_ref();
         let descriptor =
             sys::open_folder(path).map_err(|error| explain(error, ErrorKind::Open, "open folder", path))?;
-        Ok(Self { descriptor, path: path.to_path_buf() })
+        Ok(Self { descriptor, path: path.to_path_buf(), caching: Caching::Cached })
+    }
+
+    /// The same folder; through [`Folder`] its files are then opened and created past the page cache where that is
+    /// possible. For images alone: a small file may become longer by what fills its last block.
+    #[must_use]
+    pub fn direct(mut self) -> Self {
+        self.caching = Caching::Direct;
+        self
     }
 
     /// The path it was opened by, for messages.
@@ -388,7 +403,7 @@ impl DirectoryFolder {
                 if file.metadata()?.is_dir() { Ok(file) } else { Err(io::ErrorKind::NotADirectory.into()) }
             });
         match opened {
-            Ok(file) => Ok(Self { descriptor: file.into(), path }),
+            Ok(file) => Ok(Self { descriptor: file.into(), path, caching: self.caching }),
             Err(error) => Err(explain(error, ErrorKind::Open, "open folder", &path)),
         }
     }
@@ -424,6 +439,15 @@ impl AsFd for DirectoryFolder {
     }
 }
 
+/// The real folder of an existing file and its name there, every link on the way followed.
+pub fn locate(path: &Path) -> Result<(PathBuf, String)> {
+    let real = fs::canonicalize(path).map_err(|error| explain(error, ErrorKind::Open, "open", path))?;
+    match (real.parent(), real.file_name().and_then(std::ffi::OsStr::to_str)) {
+        (Some(folder), Some(name)) => Ok((folder.to_path_buf(), name.to_owned())),
+        _ => Err(Error::new(ErrorKind::Open, "open: the name of the file is not text").at_path(path)),
+    }
+}
+
 /// `name` if it is one component of a path: not empty, not too long, no separator, no NUL, not `.` or `..`.
 pub fn component(name: &str) -> io::Result<&str> {
     let bad = name.is_empty() || name.len() > 255 || name.contains(['/', '\0']) || matches!(name, "." | "..");
@@ -435,12 +459,17 @@ pub fn component(name: &str) -> io::Result<&str> {
 }
 
 impl Folder for DirectoryFolder {
+    fn real_path(&self) -> Option<PathBuf> {
+        std::fs::canonicalize(&self.path).ok()
+    }
+
     fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn Storage>> {
-        Ok(Arc::new(self.open_unexplained(name, &OpenOptions::new(access))?))
+        let options = OpenOptions { caching: self.caching, ..OpenOptions::new(access) };
+        Ok(Arc::new(self.open_unexplained(name, &options)?))
     }
 
     fn create_exclusive(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
-        Ok(Arc::new(self.create_unexplained(name, Caching::Cached)?))
+        Ok(Arc::new(self.create_unexplained(name, self.caching)?))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -465,6 +494,14 @@ impl Folder for DirectoryFolder {
 
     fn sync(&self) -> io::Result<()> {
         sys::sync_all(self.as_fd())
+    }
+
+    fn open_folder(&self, name: &str) -> io::Result<Box<dyn Folder>> {
+        let file = sys::open_in(self.as_fd(), component(name)?, Access::ReadOnly, false)?;
+        if !file.metadata()?.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        Ok(Box::new(Self { descriptor: file.into(), path: self.path.join(name), caching: self.caching }))
     }
 }
 

@@ -113,6 +113,10 @@ impl<S: Storage> Storage for Latched<S> {
     }
 
     /// `None` once latched: a queue asks again for every change and then takes the way through the calls above.
+    fn claim(&self, ownership: Option<super::lock::Ownership>) -> crate::Result<()> {
+        self.inner.claim(ownership)
+    }
+
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         if self.is_latched() { None } else { self.inner.descriptor() }
     }

@@ -7,6 +7,9 @@
 //! one image together, nor do two of ours. One byte more, [`OWNER_BYTE`], held exclusively by our writers and shared
 //! by our readers, decides races between two of ours.
 //!
+//! A file with several names is an image that clones share: nobody gets it for writing. The file system counts the
+//! names, so nothing can be forgotten, and the last clone that goes sets the image free.
+//!
 //! Invariant: an [`ImageLock`] holds all of its bytes or does not exist. The kernel releases the locks when the last
 //! descriptor of the description is closed, also after a kill.
 
@@ -70,6 +73,10 @@ impl ImageLock {
             Self { descriptor: sys::duplicate(&file).map_err(cannot)?, path: path.to_path_buf(), ownership };
         // From here on dropping `lock` takes back whatever part of it was got.
         match lock.take_bytes() {
+            // Whoever gives a file a second name holds it as a reader meanwhile, so this count is not too old.
+            Ok(()) if ownership == Ownership::Writer && sys::link_count(&file).map_err(cannot)? > 1 => {
+                Err(shared_by_clones(path))
+            }
             Ok(()) => Ok(lock),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(in_use(path, ownership)),
             Err(error) => {
@@ -100,6 +107,21 @@ impl ImageLock {
         Ok(())
     }
 
+    /// From writer to reader: others may read from now on, nobody may write. At no moment is the image without an owner.
+    pub fn weaken(&mut self) -> Result<()> {
+        let file = self.descriptor.as_fd();
+        let weaken = || -> io::Result<()> {
+            sys::lock_bytes(file, LockMode::Shared, OWNER_BYTE, 1)?;
+            for action in [WRITE, RESIZE] {
+                sys::lock_bytes(file, LockMode::Unlocked, DOES_BYTE + action, 1)?;
+            }
+            Ok(())
+        };
+        weaken().map_err(|error| Error::io(ErrorKind::Lock, "share image", error).at_path(&self.path))?;
+        self.ownership = Ownership::Reader;
+        Ok(())
+    }
+
     /// What the holder may do.
     pub fn ownership(&self) -> Ownership {
         self.ownership
@@ -123,6 +145,16 @@ fn in_use(path: &Path, ownership: Ownership) -> Error {
     Error::new(ErrorKind::InUse, message).at_path(path).advise(
         "unmount the disk or stop the virtual machine that uses it, then try again; `lslocks` lists the holder",
     )
+}
+
+/// The refusal to write to an image that clones share.
+pub(crate) fn shared_by_clones(path: &Path) -> Error {
+    Error::new(ErrorKind::InUse, "lock image for writing: the file has more than one name, clones share it")
+        .at_path(path)
+        .advise(
+            "an image that clones share is never changed: make a snapshot, and use the disk on top of it; or delete the \
+             clones (`find FOLDER -samefile IMAGE` lists them), or copy the image",
+        )
 }
 
 impl Drop for ImageLock {
@@ -175,12 +207,36 @@ mod tests {
     }
 
     #[test]
+    fn a_file_with_two_names_is_for_readers() {
+        let (folder, path) = image();
+        let other = folder.path().join("clone");
+        std::fs::hard_link(&path, &other).unwrap();
+        let error = take(&path, Ownership::Writer).unwrap_err();
+        assert!(error.kind() == ErrorKind::InUse && error.to_string().contains("clones"), "{error}");
+        drop((take(&path, Ownership::Reader).unwrap(), take(&other, Ownership::Reader).unwrap()));
+        std::fs::remove_file(&other).unwrap();
+        take(&path, Ownership::Writer).unwrap();
+    }
+
+    #[test]
     fn dropping_releases_although_the_file_stays_open() {
         let (_folder, path) = image();
         let file = FileStorage::open(&path, &OpenOptions::new(Access::ReadWrite)).unwrap();
         drop(ImageLock::take(&file, &path, Ownership::Writer).unwrap());
         let _other = take(&path, Ownership::Writer).unwrap();
         drop(file);
+    }
+
+    #[test]
+    fn a_writer_that_became_a_reader_shares_and_still_keeps_writers_out() {
+        let (_folder, path) = image();
+        let mut lock = take(&path, Ownership::Writer).unwrap();
+        lock.weaken().unwrap();
+        let reader = take(&path, Ownership::Reader).unwrap();
+        assert!(take(&path, Ownership::Writer).is_err());
+        drop(lock);
+        drop(reader);
+        let _writer = take(&path, Ownership::Writer).unwrap();
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub mod ownership;
 pub mod pool;
 #[cfg(any(test, feature = "testing"))]
 pub mod sim;
+pub mod stamp;
 pub mod sys;
 pub mod uring;
 
@@ -96,6 +97,11 @@ pub trait Storage: Send + Sync {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+    /// Changes what the holder of the file's lock says it does with the file: weaker at once, nothing at all with
+    /// `None`, and back again as when it was opened. Nothing to do for storage that is not locked.
+    fn claim(&self, _ownership: Option<lock::Ownership>) -> crate::Result<()> {
+        Ok(())
+    }
     /// Whether the file is empty.
     fn is_empty(&self) -> io::Result<bool> {
         self.len().map(|len| len == 0)
@@ -132,6 +138,9 @@ impl<S: Storage + ?Sized> Storage for Arc<S> {
     }
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         (**self).descriptor()
+    }
+    fn claim(&self, ownership: Option<lock::Ownership>) -> crate::Result<()> {
+        (**self).claim(ownership)
     }
 }
 
@@ -335,6 +344,8 @@ impl std::fmt::Debug for Waker {
 pub trait IoQueue: Send {
     /// Makes a file known to the queue. The queue keeps it open.
     fn attach(&mut self, storage: Arc<dyn Storage>) -> io::Result<FileSlot>;
+    /// Lets go of a file; operations in flight on it go on. The slot may be given to another file from now on.
+    fn detach(&mut self, _slot: FileSlot) {}
     /// Hands over an operation; gives it back when the queue is full (reap, then try again).
     fn submit(&mut self, operation: IoOp) -> std::result::Result<(), IoOp>;
     /// Starts what was submitted, waits as told, and appends what has finished to `done`.
@@ -368,6 +379,15 @@ pub trait Folder: Send + Sync {
     fn list(&self) -> io::Result<Vec<String>>;
     /// Makes creations, renames and removals survive a power loss.
     fn sync(&self) -> io::Result<()>;
+    /// Its path without links, where it has one.
+    fn real_path(&self) -> Option<std::path::PathBuf> {
+        None
+    }
+    /// Opens a folder in this one, following no link. Not every implementation has folders in it.
+    fn open_folder(&self, name: &str) -> io::Result<Box<dyn Folder>> {
+        let _unused = name;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// How a file is opened.

@@ -52,7 +52,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct PoolQueue {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    files: Vec<Arc<dyn Storage>>,
+    files: Vec<Option<Arc<dyn Storage>>>,
     depth: usize,
     in_flight: usize,
     watched: Option<RawFd>,
@@ -144,9 +144,19 @@ pub(super) fn perform(storage: &dyn Storage, token: u64, offset: u64, kind: IoKi
 
 impl IoQueue for PoolQueue {
     fn attach(&mut self, storage: Arc<dyn Storage>) -> io::Result<FileSlot> {
-        let slot = u32::try_from(self.files.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        self.files.push(storage);
+        let place = self.files.iter().position(Option::is_none).unwrap_or(self.files.len());
+        let slot = u32::try_from(place).map_err(|_| io::ErrorKind::InvalidInput)?;
+        match self.files.get_mut(place) {
+            Some(free) => *free = Some(storage),
+            None => self.files.push(Some(storage)),
+        }
         Ok(FileSlot(slot))
+    }
+
+    fn detach(&mut self, slot: FileSlot) {
+        if let Some(file) = usize::try_from(slot.0).ok().and_then(|slot| self.files.get_mut(slot)) {
+            *file = None;
+        }
     }
 
     fn submit(&mut self, operation: IoOp) -> std::result::Result<(), IoOp> {
@@ -155,7 +165,7 @@ impl IoQueue for PoolQueue {
         }
         let IoOp { token, file, offset, kind } = operation;
         self.in_flight += 1;
-        match usize::try_from(file.0).ok().and_then(|slot| self.files.get(slot)) {
+        match usize::try_from(file.0).ok().and_then(|slot| self.files.get(slot)?.as_ref()) {
             Some(storage) => {
                 let storage = Arc::clone(storage);
                 lock(&self.shared.submitted).work.push_back(Work { storage, token, offset, kind });

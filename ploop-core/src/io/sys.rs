@@ -8,7 +8,7 @@ use std::ffi::c_int;
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -29,6 +29,24 @@ mod ioctl {
     nix::ioctl_readwrite!(thaw, b'X', 120, i32);
     // Declared in the kernel with `size_t`, filled with 64 bits.
     nix::ioctl_read!(block_device_bytes, 0x12, 114, u64);
+    nix::ioctl_readwrite!(trim, b'X', 121, super::TrimRange);
+}
+
+/// The argument of the kernel's FITRIM, in bytes; the kernel sets `len` to what it has discarded.
+#[repr(C)]
+struct TrimRange {
+    start: u64,
+    len: u64,
+    len_min: u64,
+}
+
+/// Has the mounted file system that `folder` is on discard its free space between two bytes of its device, in runs of
+/// at least `run_bytes_min`; how many bytes it discarded. `EOPNOTSUPP` where file system or device cannot.
+pub fn trim_file_system(folder: BorrowedFd<'_>, start: u64, len: u64, run_bytes_min: u64) -> io::Result<u64> {
+    let mut range = TrimRange { start, len, len_min: run_bytes_min };
+    // SAFETY: the descriptor is open for the call, and the argument is the structure that FITRIM reads and writes.
+    unsafe { ioctl::trim(folder.as_raw_fd(), &raw mut range) }?;
+    Ok(range.len)
 }
 
 /// Repeats a call that a signal interrupted.
@@ -224,6 +242,18 @@ pub fn unlink_in(folder: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     retry(|| nix::unistd::unlinkat(folder, name, UnlinkatFlags::NoRemoveDir))
 }
 
+/// How many names an open file has.
+pub fn link_count(file: impl AsFd) -> io::Result<u64> {
+    Ok(nix::sys::stat::fstat(file.as_fd())?.st_nlink)
+}
+
+/// Gives an open file one more name, in `folder`, on the same file system. The name must be free.
+pub fn link_in(file: BorrowedFd<'_>, folder: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    // By its descriptor: what was opened and locked is what gets the name, whatever its old name means by now.
+    let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+    retry(|| nix::unistd::linkat(fcntl::AT_FDCWD, open.as_str(), folder, name, AtFlags::AT_SYMLINK_FOLLOW))
+}
+
 /// Whether `name` exists in `folder`, as whatever it may be.
 pub fn exists_in(folder: BorrowedFd<'_>, name: &str) -> io::Result<bool> {
     match nix::sys::stat::fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
@@ -376,6 +406,14 @@ pub fn set_io_flusher() -> io::Result<()> {
 /// A second descriptor of the same open file description, closed on exec.
 pub fn duplicate(file: impl AsFd) -> io::Result<OwnedFd> {
     file.as_fd().try_clone_to_owned()
+}
+
+/// A second descriptor of one that this process was started with, by its number.
+pub fn inherited(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: the call only looks the number up; one that is not open is refused with `EBADF`.
+    let copy = Errno::result(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) })?;
+    // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
 #[cfg(test)]

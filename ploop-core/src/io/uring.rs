@@ -47,7 +47,7 @@ struct InFlight {
 /// [`IoQueue`] on io_uring.
 pub struct UringQueue {
     ring: IoUring,
-    files: Vec<Arc<dyn Storage>>,
+    files: Vec<Option<Arc<dyn Storage>>>,
     slab: Vec<Option<InFlight>>,
     free: Vec<usize>,
     in_ring: usize,
@@ -244,9 +244,19 @@ fn finish(flight: InFlight, result: i32) -> IoDone {
 
 impl IoQueue for UringQueue {
     fn attach(&mut self, storage: Arc<dyn Storage>) -> io::Result<FileSlot> {
-        let slot = u32::try_from(self.files.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        self.files.push(storage);
+        let place = self.files.iter().position(Option::is_none).unwrap_or(self.files.len());
+        let slot = u32::try_from(place).map_err(|_| io::ErrorKind::InvalidInput)?;
+        match self.files.get_mut(place) {
+            Some(free) => *free = Some(storage),
+            None => self.files.push(Some(storage)),
+        }
         Ok(FileSlot(slot))
+    }
+
+    fn detach(&mut self, slot: FileSlot) {
+        if let Some(file) = usize::try_from(slot.0).ok().and_then(|slot| self.files.get_mut(slot)) {
+            *file = None;
+        }
     }
 
     fn submit(&mut self, operation: IoOp) -> std::result::Result<(), IoOp> {
@@ -254,7 +264,7 @@ impl IoQueue for UringQueue {
             return Err(operation);
         }
         let storage = usize::try_from(operation.file.0).ok().and_then(|slot| self.files.get(slot));
-        let Some(storage) = storage.cloned() else {
+        let Some(storage) = storage.cloned().flatten() else {
             self.aside.push(unknown_file(operation.token, operation.kind));
             return Ok(());
         };

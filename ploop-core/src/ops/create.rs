@@ -3,6 +3,9 @@
 //! The image is built under a temporary name, synced, and only then given its name, which must be free; the
 //! descriptor comes last and is the moment the disk exists (crash model, section 5). Until then a crash leaves at
 //! most a file that no descriptor names, and an error leaves nothing.
+//!
+//! The same command again finishes what a crash cut: an image under the final name that is byte for byte the empty
+//! one this command makes is taken as it is. It is never replaced or removed, since it may be somebody else's.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,10 +14,11 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{CLUSTER_SECTORS_DEFAULT, Geometry, Version};
-use crate::format::{self, DESCRIPTOR_NAME, DiskDescriptor, Guid, Mode, create_image};
+use crate::format::{self, DESCRIPTOR_NAME, DiskDescriptor, Guid, Mode, Probe, create_image};
 use crate::io::file::DirectoryFolder;
-use crate::io::{Folder, Storage};
+use crate::io::{Access, Allocation, Folder, Storage, StorageExt};
 use crate::mutant::{self, Mutant};
+use crate::ops::plan;
 use crate::units::Sectors;
 
 /// What to create.
@@ -32,6 +36,8 @@ pub struct CreateOptions {
     pub cluster: Sectors,
     /// How the disk lies in the image.
     pub mode: Mode,
+    /// Reserve the host's space for all of a raw disk; else it is one hole. Without effect on other modes.
+    pub reserve_raw: bool,
 }
 
 impl CreateOptions {
@@ -44,6 +50,7 @@ impl CreateOptions {
             version: Version::V2,
             cluster: Sectors(u64::from(CLUSTER_SECTORS_DEFAULT)),
             mode: Mode::Expanded,
+            reserve_raw: false,
         }
     }
 }
@@ -84,21 +91,34 @@ pub fn create_in(folder: &dyn Folder, options: &CreateOptions) -> Result<CreateR
             format!("create disk: {:?} is not the name of a file", options.file),
         ));
     }
-    for name in [options.file.as_str(), DESCRIPTOR_NAME] {
-        let taken = folder.exists(name).map_err(|error| {
+    let exists = |name: &str| {
+        folder.exists(name).map_err(|error| {
             Error::io(ErrorKind::Stat, "create disk: look for a file of that name", error)
                 .at_path(options.folder.join(name))
-        })?;
-        if taken {
-            return Err(is_taken(&options.folder.join(name)));
-        }
+        })
+    };
+    if exists(DESCRIPTOR_NAME)? {
+        return Err(is_taken(&options.folder.join(DESCRIPTOR_NAME)));
     }
     let image = options.folder.join(&options.file);
-    let file_bytes = place_image(folder, options, &geometry).map_err(|error| error.at_path(&image))?;
+    if plan::is_unfinished(folder, &options.file)? {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            "create disk: an import into this file is under way, or was cut",
+        )
+        .at_path(image)
+        .advise("run that import again, or choose another name; nothing was changed"));
+    }
+    let found = exists(&options.file)?;
+    let file_bytes =
+        if found { adopt_image(folder, options, &geometry) } else { place_image(folder, options, &geometry) };
+    let file_bytes = file_bytes.map_err(|error| error.at_path(&image))?;
     if let Err(error) = descriptor.store_new(folder) {
         let error = error.at_path(options.folder.join(DESCRIPTOR_NAME));
         return Err(match error.kind() {
-            ErrorKind::OutcomeUnknown => withdraw(folder, options, error),
+            ErrorKind::OutcomeUnknown => withdraw(folder, options, found, error),
+            // Somebody else's descriptor may name the image by now.
+            _ if found || exists(DESCRIPTOR_NAME)? => error,
             _ => remove(folder, &options.file, error),
         });
     }
@@ -144,10 +164,78 @@ fn is_taken(path: &Path) -> Error {
         .advise("choose another name or folder; nothing was changed")
 }
 
+/// Takes the image that a cut run left under the final name, if it is the very one that would be made; else the name
+/// is taken.
+fn adopt_image(folder: &dyn Folder, options: &CreateOptions, geometry: &Geometry) -> Result<u64> {
+    let taken = || is_taken(&options.folder.join(&options.file));
+    let existing = folder
+        .open(&options.file, Access::ReadOnly)
+        .map_err(|error| Error::io(ErrorKind::Open, "create disk: look at the file of that name", error))?;
+    let len = existing
+        .len()
+        .map_err(|error| Error::io(ErrorKind::Stat, "create disk: measure the file of that name", error))?;
+    // Before the comparison, which costs a whole new image.
+    let is_alike = match options.mode {
+        Mode::Raw => len == geometry.disk_bytes(),
+        Mode::Expanded | Mode::Preallocated => {
+            matches!(format::probe(&*existing), Ok(Probe::Image(header)) if header.geometry() == geometry)
+        }
+    };
+    if !is_alike {
+        return Err(taken());
+    }
+    let temporary = temporary_name(options);
+    let fresh = folder
+        .create_exclusive(&temporary)
+        .map_err(|error| Error::io(ErrorKind::Create, "create disk: create a file", error))?;
+    let same = build(&*fresh, options, geometry).and_then(|file_bytes| {
+        let same = is_same(&*existing, &*fresh, file_bytes)
+            .map_err(|error| Error::io(ErrorKind::Read, "create disk: read the file of that name", error))?;
+        Ok(same.then_some(file_bytes))
+    });
+    drop(fresh);
+    let same = same.map_err(|error| remove(folder, &temporary, error))?;
+    folder
+        .unlink(&temporary)
+        .map_err(|error| Error::io(ErrorKind::Unlink, "create disk: remove a temporary file", error))?;
+    let file_bytes = same.ok_or_else(taken)?;
+    let failed = |error| Error::io(ErrorKind::Sync, "create disk: sync", error);
+    existing.sync_data().map_err(failed)?;
+    folder.sync().map_err(failed)?;
+    Ok(file_bytes)
+}
+
+/// Whether both files are `len` bytes long and the same. What both say is no data is not read.
+fn is_same(one: &dyn Storage, other: &dyn Storage, len: u64) -> io::Result<bool> {
+    const PIECE_BYTES: u64 = 1 << 20;
+    if one.len()? != len || other.len()? != len {
+        return Ok(false);
+    }
+    let mut at = 0;
+    while at < len {
+        let next =
+            |storage: &dyn Storage| Ok::<_, io::Error>(storage.next_data(at)?.map_or(len, |run| run.0));
+        at = next(one)?.min(next(other)?);
+        let piece = usize::try_from(PIECE_BYTES.min(len - at)).unwrap_or(0);
+        let mut bytes = [vec![0; piece], vec![0; piece]];
+        one.read_exact_at(at, &mut bytes[0])?;
+        other.read_exact_at(at, &mut bytes[1])?;
+        if bytes[0] != bytes[1] {
+            return Ok(false);
+        }
+        at += piece as u64;
+    }
+    Ok(true)
+}
+
+fn temporary_name(options: &CreateOptions) -> String {
+    let random = Guid::random().to_string();
+    format!("{}.tmp.{}", options.file, random.trim_matches(['{', '}']))
+}
+
 /// Builds the image under a temporary name and gives it its own; says how long it is.
 fn place_image(folder: &dyn Folder, options: &CreateOptions, geometry: &Geometry) -> Result<u64> {
-    let random = Guid::random().to_string();
-    let temporary = format!("{}.tmp.{}", options.file, random.trim_matches(['{', '}']));
+    let temporary = temporary_name(options);
     let storage = folder
         .create_exclusive(&temporary)
         .map_err(|error| Error::io(ErrorKind::Create, "create disk: create a file", error))?;
@@ -175,6 +263,12 @@ fn build(storage: &dyn Storage, options: &CreateOptions, geometry: &Geometry) ->
             storage
                 .set_len(geometry.disk_bytes())
                 .map_err(|error| Error::io(ErrorKind::Truncate, "create disk: extend the image", error))?;
+            if options.reserve_raw {
+                storage.allocate(0, geometry.disk_bytes(), Allocation::Reserve).map_err(|error| {
+                    Error::io(ErrorKind::Allocate, "create disk: reserve the image's space", error)
+                        .advise("free space on the host, or make the raw image sparse")
+                })?;
+            }
             if !mutant::is_active(Mutant::RenameUnsyncedFile) {
                 storage
                     .sync_data()
@@ -205,9 +299,10 @@ fn remove(folder: &dyn Folder, name: &str, error: Error) -> Error {
 
 /// Takes a disk back whose descriptor may or may not be durable: the descriptor first, and the image only when no
 /// descriptor can name it any more (I10).
-fn withdraw(folder: &dyn Folder, options: &CreateOptions, error: Error) -> Error {
+fn withdraw(folder: &dyn Folder, options: &CreateOptions, was_there: bool, error: Error) -> Error {
     let withdrawn = folder.unlink(DESCRIPTOR_NAME).and_then(|()| folder.sync());
     match withdrawn {
+        Ok(()) if was_there => error.with_kind(ErrorKind::Sync),
         Ok(()) => remove(folder, &options.file, error.with_kind(ErrorKind::Sync)),
         Err(_) => error.advise(format!(
             "repair the file system; then remove {DESCRIPTOR_NAME} and {}, or keep them if both are there",

@@ -16,7 +16,8 @@ use crate::io::file::{self, FileStorage};
 use crate::io::{Access, Storage, StorageExt, sys};
 use crate::ops::create::version_number;
 use crate::ops::open::{Bundle, Place, place};
-use crate::units::Sectors;
+use crate::ops::space::{Space, Tally};
+use crate::units::{FileCluster, GuestCluster, Sectors};
 
 /// Bytes of a table read at a time.
 const TABLE_PIECE_BYTES: u64 = 1 << 20;
@@ -53,6 +54,10 @@ pub struct InfoReport {
     pub file_bytes: u64,
     /// What all image files take on the host, in bytes.
     pub host_bytes: u64,
+    /// Whole clusters inside the files that no entry names.
+    pub free_clusters: u64,
+    /// Of 1000 pairs of neighbouring clusters in one image, how many do not follow each other in the file.
+    pub fragmentation_per_mille: u64,
     /// The images, in the order of the descriptor.
     pub images: Vec<ImageReport>,
 }
@@ -82,6 +87,12 @@ pub struct ImageReport {
     pub file_bytes: u64,
     /// What the file takes on the host, in bytes.
     pub host_bytes: u64,
+    /// Whole clusters inside the file that no entry names.
+    pub free_clusters: u64,
+    /// Pairs of clusters that follow each other on the guest's disk and lie in this image.
+    pub neighbours: u64,
+    /// Those among them that do not follow each other in the file.
+    pub breaks: u64,
     /// The in-use mark: `closed`, `closed-with-extension`, `open` or its number; `none` for a raw image.
     pub in_use: String,
     /// Whether a program has it open.
@@ -169,6 +180,13 @@ fn summary(images: Vec<ImageReport>) -> InfoReport {
         allocated_clusters: sum(|image| image.allocated_clusters),
         file_bytes: sum(|image| image.file_bytes),
         host_bytes: sum(|image| image.host_bytes),
+        free_clusters: sum(|image| image.free_clusters),
+        fragmentation_per_mille: Space {
+            neighbours: sum(|image| image.neighbours),
+            breaks: sum(|image| image.breaks),
+            ..Space::default()
+        }
+        .fragmentation_per_mille(),
         images,
     }
 }
@@ -198,11 +216,47 @@ fn examine(storage: &FileStorage, raw: Option<Sectors>) -> Result<ImageReport> {
     }
     match probe(storage)? {
         Probe::Image(header) => {
-            let allocated_clusters = count_allocated(storage, header.geometry())?;
-            Ok(ImageReport { allocated_clusters, in_use: mark(&header), ..sizes(report, header.geometry()) })
+            let geometry = header.geometry();
+            let tally = count_allocated(storage, geometry)?;
+            let space = tally.space(geometry, report.file_bytes, report.host_bytes);
+            Ok(ImageReport { in_use: mark(&header), ..sizes(report, geometry) }.with(&space))
         }
         Probe::NotAnImage => Err(Error::new(ErrorKind::Corrupt, "examine image: this is not a ploop image")
             .advise("a raw disk is known only by its descriptor: name that")),
+    }
+}
+
+impl ImageReport {
+    /// With the figures of the table; also for those of a running disk, which knows more than its file.
+    #[must_use]
+    pub fn with(self, space: &Space) -> Self {
+        Self {
+            allocated_clusters: space.allocated_clusters,
+            file_bytes: space.file_bytes,
+            host_bytes: space.host_bytes,
+            free_clusters: space.free_clusters,
+            neighbours: space.neighbours,
+            breaks: space.breaks,
+            ..self
+        }
+    }
+}
+
+impl InfoReport {
+    /// The same disk with the figures of its top as its server has them.
+    #[must_use]
+    pub fn with_running_top(self, space: &Space) -> Self {
+        let update = |image: ImageReport| if image.current { image.with(space) } else { image };
+        let sums = summary(self.images.into_iter().map(update).collect());
+        Self {
+            allocated_clusters: sums.allocated_clusters,
+            file_bytes: sums.file_bytes,
+            host_bytes: sums.host_bytes,
+            free_clusters: sums.free_clusters,
+            fragmentation_per_mille: sums.fragmentation_per_mille,
+            images: sums.images,
+            ..self
+        }
     }
 }
 
@@ -224,13 +278,14 @@ fn mark(header: &Header) -> String {
     }
 }
 
-/// Entries of the table that are not zero. Holes of the file are skipped: a huge table of nothing costs nothing.
-fn count_allocated(storage: &dyn Storage, geometry: &Geometry) -> Result<u64> {
+/// Counts the entries of the table that are not zero. Holes of the file are skipped: a huge table of nothing costs
+/// nothing. Entries that point nowhere sensible are counted as allocated: what is wrong with them is for a check.
+fn count_allocated(storage: &dyn Storage, geometry: &Geometry) -> Result<Tally> {
     let failed = |at: u64| move |error| Error::io(ErrorKind::Read, "read table", error).at_offset(at);
     let end = geometry.table_bytes();
     let mut at = HEADER_BYTES;
     let mut piece = Vec::new();
-    let mut count = 0;
+    let mut tally = Tally::default();
     while at < end {
         let Some((start, stop)) = storage.next_data(at).map_err(failed(at))? else { break };
         // Whole entries: the header is a multiple of an entry long.
@@ -241,11 +296,17 @@ fn count_allocated(storage: &dyn Storage, geometry: &Geometry) -> Result<u64> {
         }
         piece.resize(usize::try_from(stop - at).unwrap_or(0), 0);
         storage.read_padded_at(at, &mut piece).map_err(failed(at))?;
-        let entries = piece.chunks_exact(4).filter(|entry| entry.iter().any(|&byte| byte != 0));
-        count += entries.count() as u64;
+        let first = u32::try_from((at - HEADER_BYTES) / ENTRY_BYTES).unwrap_or(u32::MAX);
+        for (cluster, entry) in (first..=u32::MAX).zip(piece.as_chunks::<4>().0) {
+            let raw = u32::from_le_bytes(*entry);
+            if raw != 0 {
+                let place = geometry.entry_to_cluster(raw).ok().flatten();
+                tally.add(GuestCluster(cluster), place.unwrap_or(FileCluster(u32::MAX)));
+            }
+        }
         at = stop;
     }
-    Ok(count)
+    Ok(tally)
 }
 
 /// The bytes on which programs that have an image open hold locks: first and count.

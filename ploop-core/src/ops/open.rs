@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -106,10 +106,18 @@ pub struct Opened {
 }
 
 /// An image with the lock on it.
-struct LockedStorage {
+pub(super) struct LockedStorage {
     storage: FileStorage,
+    path: PathBuf,
     /// Released with the storage.
-    _lock: ImageLock,
+    lock: Mutex<Option<ImageLock>>,
+}
+
+impl LockedStorage {
+    /// An image at `path` with the lock on its open file.
+    pub(super) fn new(storage: FileStorage, path: &Path, lock: ImageLock) -> Self {
+        Self { storage, path: path.to_path_buf(), lock: Mutex::new(Some(lock)) }
+    }
 }
 
 impl Storage for LockedStorage {
@@ -143,6 +151,19 @@ impl Storage for LockedStorage {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.storage.descriptor()
     }
+    fn claim(&self, ownership: Option<Ownership>) -> Result<()> {
+        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        match (ownership, lock.as_mut()) {
+            (None, _) => *lock = None,
+            (Some(wanted), Some(held)) if held.ownership() == wanted => {}
+            (Some(Ownership::Reader), Some(held)) => held.weaken()?,
+            (Some(wanted), _) => {
+                *lock = None;
+                *lock = Some(ImageLock::take(&self.storage, &self.path, wanted)?);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A disk named by a path: its bundle, or one image.
@@ -165,6 +186,12 @@ pub(super) fn place(path: &Path) -> Result<Place> {
         return Ok(Place::Bundle(folder.unwrap_or(Path::new(".")).to_path_buf()));
     }
     Ok(Place::Image(path.to_path_buf()))
+}
+
+/// A folder by its name without links.
+pub(super) fn real_path(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path)
+        .map_err(|error| file::explain(error, ErrorKind::Open, "find the folder of the disk", path))
 }
 
 /// An open bundle.
@@ -236,6 +263,7 @@ fn open_bundle(path: &Path, options: &OpenOptions) -> Result<Opened> {
     let descriptor = &bundle.descriptor;
     let state = options.snapshot.unwrap_or(descriptor.top_guid());
     let images = descriptor.chain_for(state).map_err(|error| error.at_path(path.join(DESCRIPTOR_NAME)))?;
+    check_readable(descriptor, state).map_err(|error| error.at_path(path))?;
     if options.access == Access::ReadWrite
         && (state != descriptor.top_guid() || descriptor.children(state).next().is_some())
     {
@@ -272,6 +300,67 @@ fn open_bundle(path: &Path, options: &OpenOptions) -> Result<Opened> {
         ));
     }
     Ok(Opened { chain, report })
+}
+
+/// Refuses a state that a merge which was cut has left half changed. Those that stand on it are whole.
+pub(super) fn check_readable(descriptor: &DiskDescriptor, state: Guid) -> Result<()> {
+    match descriptor.shot(state).and_then(|shot| shot.transition()) {
+        Some(transition) if !transition.is_readable() => Err(Error::new(
+            ErrorKind::Busy,
+            format!("open disk: the snapshot {state} is being merged and is no state of the disk any more"),
+        )
+        .advise("run the merge again to finish it; then use the state that stood on this snapshot")),
+        _ => Ok(()),
+    }
+}
+
+/// The files of a disk, locked for an operation that changes them.
+pub(super) struct Locked {
+    /// Folder and descriptor, if the disk has one.
+    pub(super) bundle: Option<Bundle>,
+    /// The path of that folder.
+    pub(super) folder_path: PathBuf,
+    /// The images of the current state, base first: the top for writing, the others for reading.
+    pub(super) sources: Vec<Source>,
+    /// Released with this.
+    _lock: Option<DescriptorLock>,
+}
+
+/// Locks the current state of a disk for an operation that changes it, and opens its files. The options' access is that
+/// to the top.
+pub(super) fn lock(options: &OpenOptions) -> Result<Locked> {
+    let files = match &options.which {
+        Which::Path(path) => match place(path)? {
+            Place::Bundle(folder) => return lock_bundle(folder, options),
+            Place::Image(image) => vec![image],
+        },
+        Which::Files(files) => files.clone(),
+    };
+    let mut opening = Opening::new(options);
+    for (number, path) in files.iter().enumerate() {
+        let access = access(options, number, files.len());
+        let storage = FileStorage::open(path, &opening.file_options(access))?;
+        opening.add(storage, path, access, number == 0 && options.raw_cluster.is_some())?;
+    }
+    Ok(Locked { bundle: None, folder_path: PathBuf::new(), sources: opening.sources, _lock: None })
+}
+
+fn lock_bundle(path: PathBuf, options: &OpenOptions) -> Result<Locked> {
+    let lock = DescriptorLock::take(&path.join(DESCRIPTOR_NAME), options.lock_timeout)?;
+    let bundle = Bundle::open(&path)?;
+    let images = bundle
+        .descriptor
+        .chain_for(bundle.descriptor.top_guid())
+        .map_err(|error| error.at_path(path.join(DESCRIPTOR_NAME)))?;
+    let mut opening = Opening::new(options);
+    for (number, image) in images.iter().enumerate() {
+        let access = access(options, number, images.len());
+        let storage = bundle.open_image(image, &opening.file_options(access))?;
+        let raw = number == 0 && bundle.descriptor.is_raw();
+        opening.add(storage, &path.join(image.file()), access, raw)?;
+    }
+    let sources = opening.sources;
+    Ok(Locked { bundle: Some(bundle), folder_path: path, sources, _lock: Some(lock) })
 }
 
 /// Files on their way to becoming a chain.
@@ -312,7 +401,7 @@ impl<'a> Opening<'a> {
             Caching::Direct => self.past_the_cache(storage, path, access, raw)?,
         };
         self.direct.push(storage.is_direct());
-        let storage = Latched::new(LockedStorage { storage, _lock: lock });
+        let storage = Latched::new(LockedStorage::new(storage, path, lock));
         self.sources.push(Source { name: path.to_path_buf(), storage: Arc::new(storage), raw });
         Ok(())
     }
@@ -375,6 +464,28 @@ impl<'a> Opening<'a> {
         };
         Ok((chain, report))
     }
+}
+
+/// Opens one image of a bundle in `folder` (which is at `path`), locked, past the page cache where that is wanted and its
+/// geometry allows it.
+pub(super) fn open_locked(
+    folder: &DirectoryFolder,
+    path: &Path,
+    file: &str,
+    (access, raw, caching): (Access, bool, Caching),
+) -> Result<Arc<dyn Storage>> {
+    let options = OpenOptions { caching, ..OpenOptions::new(path, access) };
+    let mut opening = Opening::new(&options);
+    let storage = match file.split_once('/') {
+        Some((inner, name)) => folder.open_folder(inner)?.open_file(name, &opening.file_options(access))?,
+        None => folder.open_file(file, &opening.file_options(access))?,
+    };
+    opening.add(storage, &path.join(file), access, raw)?;
+    opening
+        .sources
+        .pop()
+        .map(|source| source.storage)
+        .ok_or_else(|| Error::new(ErrorKind::Open, "open image: it was not opened"))
 }
 
 /// What opening found and repaired, in words.

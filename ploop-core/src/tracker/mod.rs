@@ -32,7 +32,9 @@ use std::sync::{Arc, PoisonError};
 use bitmap::DirtyBitmap;
 pub use taken::Taken;
 
-use crate::sync::{AtomicBool, AtomicI64, AtomicUsize, Mutex, Ordering, RwLock, fence};
+use crate::sync::{
+    AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Mutex, Ordering, RwLock, RwLockWriteGuard, fence,
+};
 use crate::{Error, ErrorKind, Extent, Result};
 
 /// Bytes that one bit stands for.
@@ -188,10 +190,25 @@ impl std::fmt::Debug for Tracker {
     }
 }
 
+/// No tracker is active, and none can be started, as long as this exists.
+#[derive(Debug)]
+pub struct Resizing<'a> {
+    disk_bytes: &'a AtomicU64,
+    _active: RwLockWriteGuard<'a, Vec<Arc<Tracker>>>,
+}
+
+impl Resizing<'_> {
+    /// Later trackers are for a disk of this size.
+    pub fn set_disk_bytes(&self, disk_bytes: u64) {
+        self.disk_bytes.store(disk_bytes, Ordering::Release);
+    }
+}
+
 /// The trackers active on one disk.
 #[derive(Debug)]
 pub struct Trackers {
-    disk_bytes: u64,
+    /// Changes only while [`Resizing`] exists.
+    disk_bytes: AtomicU64,
     /// How many there are, for the usual case that there are none.
     count: AtomicUsize,
     active: RwLock<Vec<Arc<Tracker>>>,
@@ -200,24 +217,43 @@ pub struct Trackers {
 impl Trackers {
     /// None active, for a disk of `disk_bytes`.
     pub fn new(disk_bytes: u64) -> Self {
-        Self { disk_bytes, count: AtomicUsize::new(0), active: RwLock::new(Vec::new()) }
+        Self {
+            disk_bytes: AtomicU64::new(disk_bytes),
+            count: AtomicUsize::new(0),
+            active: RwLock::new(Vec::new()),
+        }
     }
 
     /// Starts a tracker. A write whose [`mark`](Self::mark) missed it had completed before
     /// this returns, so data read afterwards has it (T6).
     pub fn add(&self) -> Result<Arc<Tracker>> {
-        let tracker = Tracker::new(self.disk_bytes)?;
-        self.insert(&tracker);
-        Ok(tracker)
+        loop {
+            let tracker = Tracker::new(self.disk_bytes.load(Ordering::Acquire))?;
+            if self.insert(&tracker) {
+                return Ok(tracker);
+            }
+        }
     }
 
-    fn insert(&self, tracker: &Arc<Tracker>) {
+    /// False, and nothing is done, when the disk has another size by now.
+    fn insert(&self, tracker: &Arc<Tracker>) -> bool {
         let mut active = self.active.write().unwrap_or_else(PoisonError::into_inner);
+        if self.disk_bytes.load(Ordering::Acquire) != tracker.disk().len() {
+            return false;
+        }
         active.push(Arc::clone(tracker));
         self.count.store(active.len(), Ordering::Relaxed);
         // Pairs with the fence in `mark`: of the two, one sees what the other did before its fence. Either the mark
         // sees the count, or what was written before the mark is seen by whoever reads after this call.
         fence(Ordering::SeqCst);
+        true
+    }
+
+    /// Keeps trackers from being started while the size of the disk changes; `None` while one is active: it could not
+    /// cover the new range.
+    pub fn resizing(&self) -> Option<Resizing<'_>> {
+        let active = self.active.write().unwrap_or_else(PoisonError::into_inner);
+        active.is_empty().then_some(Resizing { disk_bytes: &self.disk_bytes, _active: active })
     }
 
     /// Stops `tracker` and takes it out of the set; nothing happens if it is not in it.

@@ -3,14 +3,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use ploop_core::device::{Completion, Disk, DiskOptions, Op, Queue, Request};
+use ploop_core::device::{Completion, Destination, Disk, DiskOptions, Op, Queue, Request};
 use ploop_core::extent::Extent;
 use ploop_core::io::sim::{CrashLevel, CrashOptions, Random, SimDisk};
 use ploop_core::io::{Access, IoBuf, IoQueue, Wait};
 use ploop_core::tracker::Tracker;
+use ploop_core::units::GuestCluster;
 
 use crate::judge::Judge;
-use crate::model::{Model, SECTOR, fill, stamp, values};
+use crate::model::Model;
+use crate::pattern::{SECTOR, fill, stamp, values};
 use crate::world::{self, CLUSTER_SECTORS, Setting, sectors_len};
 
 /// What a guest, or its operator, does.
@@ -32,6 +34,13 @@ pub(crate) enum Step {
         count: u64,
     },
     Flush,
+    /// The image's own business: a cluster moves, to below or to past a place in the file.
+    Relocate {
+        cluster: u64,
+        to: Destination,
+    },
+    /// The free end of the file is cut off.
+    Cut,
     Read {
         first: u64,
         count: u64,
@@ -81,6 +90,8 @@ pub(crate) struct Run<'a> {
     pub(crate) may_fail: bool,
     /// Crash points are judged; else only what a running disk answers.
     pub(crate) judges: bool,
+    /// Every other sector that is written is zeros.
+    pub(crate) half_zeros: bool,
 }
 
 impl<'a> Run<'a> {
@@ -107,6 +118,7 @@ impl<'a> Run<'a> {
             reorders: seed % 2 == 1,
             may_fail: false,
             judges: true,
+            half_zeros: false,
         };
         run.open()?;
         Ok(run)
@@ -118,7 +130,7 @@ impl<'a> Run<'a> {
     }
 
     fn open(&mut self) -> Result<(), String> {
-        self.disk.capture_every_operation(self.judges);
+        self.disk.capture_every_operation(self.judges && !self.judge.is_done());
         let chain = world::open(&self.disk, self.setting.parents + 1, Access::ReadWrite);
         self.judge_captured()?;
         let chain = match chain {
@@ -136,6 +148,11 @@ impl<'a> Run<'a> {
         }
         self.served = Some((served, queues));
         Ok(())
+    }
+
+    /// Opens the disk if the last attempt failed.
+    pub(crate) fn reopen_if_closed(&mut self) -> Result<(), String> {
+        if self.served.is_none() { self.open() } else { Ok(()) }
     }
 
     /// The steps so far, for messages.
@@ -160,6 +177,7 @@ impl<'a> Run<'a> {
             Step::Kill => return self.die(true),
             Step::Crash => return self.die(false),
             Step::Settle => return self.settle(),
+            Step::Cut => return self.cut(),
             _ => {}
         }
         let overlaps = |one: &Outstanding| match (one.step.extent(), step.extent()) {
@@ -172,17 +190,19 @@ impl<'a> Run<'a> {
         let Some((_, queues)) = &mut self.served else { return Ok(()) };
         self.operations += 1;
         let operation = self.operations;
+        let half_zeros = self.half_zeros;
+        let value = |sector| if half_zeros && sector % 2 == 0 { 0 } else { stamp(operation, sector) };
         let (first, count) = step.extent().unwrap_or((0, 0));
         let buffer = |fills: bool| -> Result<Option<IoBuf>, String> {
             let mut buffer = IoBuf::try_zeroed(sectors_len(count)).map_err(|error| error.to_string())?;
             if fills {
-                fill(buffer.as_mut_slice(), first, |sector| stamp(operation, sector));
+                fill(buffer.as_mut_slice(), first, value);
             }
             Ok(Some(buffer))
         };
         let (op, buffer) = match step {
             Step::Write { fua, .. } => {
-                self.model.begin_write(operation, first, count, |sector| stamp(operation, sector));
+                self.model.begin_write(operation, first, count, value);
                 (Op::Write { fua }, buffer(true)?)
             }
             Step::Zero { unmap, fua, .. } => {
@@ -194,9 +214,16 @@ impl<'a> Run<'a> {
                 (Op::Discard, None)
             }
             Step::Read { .. } => (Op::Read, buffer(false)?),
+            Step::Relocate { to, .. } => (Op::Relocate(to), None),
             _ => (Op::Flush, None),
         };
         let extent = Extent::between(first * SECTOR as u64, (first + count) * SECTOR as u64);
+        let extent = match step {
+            Step::Relocate { cluster, .. } => {
+                self.setting.geometry().cluster_extent(GuestCluster(cluster as u32))
+            }
+            _ => extent,
+        };
         let at = self.random.index(queues.len());
         queues[at].submit(Request { id: operation, op, extent, buffer });
         let submitted = self.model.tick();
@@ -216,6 +243,17 @@ impl<'a> Run<'a> {
             self.advance()?;
         }
         Ok(())
+    }
+
+    /// Between two rounds of the flusher; a disk that takes no writes any more refuses.
+    fn cut(&mut self) -> Result<(), String> {
+        let Some((disk, _)) = &self.served else { return Ok(()) };
+        let cut = disk.cut_tail();
+        self.judge_captured()?;
+        match cut {
+            Err(_) if self.may_fail => Ok(()),
+            other => other.map(drop).map_err(|error| world::describe(&error)),
+        }
     }
 
     fn settle(&mut self) -> Result<(), String> {

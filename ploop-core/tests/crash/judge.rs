@@ -1,7 +1,7 @@
 //! The oracle: every state that a crash may leave is opened, judged, repaired, used and crashed again.
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use ploop_core::device::{Disk, DiskOptions, Op, Request};
 use ploop_core::extent::Extent;
@@ -11,11 +11,25 @@ use ploop_core::io::{Access, IoBuf, Wait};
 use ploop_core::mutant::{Mutant, activate};
 use ploop_core::units::GuestCluster;
 
-use crate::model::{Model, SECTOR, fill, stamp};
+use crate::model::Model;
+use crate::pattern::{SECTOR, fill, stamp};
 use crate::world::{self, CLUSTER_SECTORS, Setting};
 
 /// Number of the operations that the oracle does by itself.
 const OWN_OPERATION: u64 = 1 << 40;
+
+/// The states that were judged, by several judges at once: none is judged or counted twice.
+#[derive(Default)]
+pub(crate) struct Seen {
+    shards: [Mutex<HashSet<u64>>; 16],
+}
+
+impl Seen {
+    /// Whether it is new.
+    fn insert(&self, hash: u64) -> bool {
+        self.shards[(hash >> 60) as usize].lock().unwrap().insert(hash)
+    }
+}
 
 /// Counts what was judged and remembers it.
 pub(crate) struct Judge {
@@ -26,18 +40,18 @@ pub(crate) struct Judge {
     pub(crate) second_crashes: u64,
     pub(crate) crash_points: u64,
     states_max: u64,
-    seen: HashSet<u64>,
+    seen: Arc<Seen>,
     /// One state in this many is also repaired, used and closed.
     recover_one_in: u64,
     exhaustive_max: u64,
     random_per_density: u32,
+    /// How much a crash may garble.
+    pub(crate) level: CrashLevel,
 }
 
 impl Judge {
     /// Stops after `states_max` distinct states.
     pub(crate) fn new(states_max: u64) -> Self {
-        // A long search also looks deeper into each crash point.
-        let is_long = states_max > 300_000;
         Self {
             mutant: None,
             states: 0,
@@ -45,11 +59,24 @@ impl Judge {
             second_crashes: 0,
             crash_points: 0,
             states_max,
-            seen: HashSet::new(),
+            seen: Arc::default(),
             recover_one_in: 6,
-            exhaustive_max: if is_long { 512 } else { 64 },
-            random_per_density: if is_long { 8 } else { 2 },
+            exhaustive_max: 64,
+            random_per_density: 2,
+            level: CrashLevel::Sectors,
         }
+    }
+
+    /// Looks deeper into each crash point.
+    pub(crate) fn deep(mut self) -> Self {
+        (self.exhaustive_max, self.random_per_density) = (512, 8);
+        self
+    }
+
+    /// Leaves out what others who share `seen` have judged.
+    pub(crate) fn sharing(mut self, seen: &Arc<Seen>) -> Self {
+        self.seen = Arc::clone(seen);
+        self
     }
 
     pub(crate) fn is_done(&self) -> bool {
@@ -88,7 +115,7 @@ impl Judge {
             random_per_density: self.random_per_density,
             metadata_bytes: setting.geometry().data_start().0,
             seed: allowed,
-            ..CrashOptions::new(CrashLevel::Sectors)
+            ..CrashOptions::new(self.level)
         };
         for state in snapshot.crash_states(&options) {
             let hash = state.hash() ^ allowed.rotate_left(32);

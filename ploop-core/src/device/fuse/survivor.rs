@@ -20,6 +20,7 @@ use super::sys;
 use super::wire::Agreement;
 use crate::device::pending::{PendingEntry, PendingLog, Seal};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::Storage;
 use crate::units::{FileCluster, GuestCluster};
 
 const MAGIC: u64 = 0x3130_5652_5553_4c50;
@@ -310,11 +311,14 @@ impl PendingLog for Survivor {
         }
     }
 
-    fn top_replaced(&self) {
+    fn top_replaced(&self, top: &dyn Storage) {
         let end = self.seal();
         self.committed(end);
-        // The next server learns the new top's identity from whoever replaced it; until then no entry is believed.
-        if self.set(Word::TopInode, 0).is_err() {
+        // Without a name for the new top no successor could tell whose entries these are: none may serve. No entry is in
+        // the log before this is through, so a death in between misleads nobody.
+        let named =
+            top.descriptor().and_then(|file| FileIdentity::of(file).ok()).map(|top| self.set_top(top));
+        if !matches!(named, Some(Ok(()))) {
             self.mark_incomplete();
         }
     }
@@ -396,6 +400,25 @@ mod tests {
         assert_eq!(legacy.agreement, Some(agreement));
         assert_eq!(legacy.top, Some(FileIdentity { device: 1, inode: 2 }));
         assert!(legacy.poisoned);
+    }
+
+    #[test]
+    fn a_new_top_is_known_by_its_file_and_has_nothing_pending() {
+        use crate::io::file::{Caching, FileStorage};
+        let survivor = Survivor::create().unwrap();
+        survivor.set_top(FileIdentity { device: 1, inode: 2 }).unwrap();
+        survivor.entered(entry(1, Some(1)));
+        let folder = tempfile::tempdir().unwrap();
+        let top = FileStorage::create_exclusive(folder.path().join("top"), Caching::Cached).unwrap();
+        survivor.top_replaced(&top);
+        survivor.entered(entry(2, Some(2)));
+        let legacy = reopened(&survivor).legacy().unwrap();
+        assert_eq!(legacy.top, Some(FileIdentity::of(top.descriptor().unwrap()).unwrap()));
+        assert_eq!(legacy.entries, [entry(2, Some(2))]);
+        assert!(!legacy.incomplete);
+        // A file that has no identity has no successor.
+        survivor.top_replaced(&crate::io::sim::SimDisk::new(1).create("top").unwrap());
+        assert!(reopened(&survivor).legacy().unwrap().incomplete);
     }
 
     #[test]

@@ -209,6 +209,7 @@ struct LoopConfiguration {
 }
 
 const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
+const LOOP_SET_STATUS64: libc::Ioctl = 0x4C04;
 const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
 const LOOP_SET_CAPACITY: libc::Ioctl = 0x4C07;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
@@ -304,6 +305,20 @@ pub fn loop_status(device: &File) -> io::Result<Option<LoopStatus>> {
         error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
         error => Err(error),
     }
+}
+
+/// Lets a loop device show another number of bytes of its backing file; 0 for all that follows its offset. EAGAIN when the
+/// kernel cannot empty the device's cache at the moment.
+pub fn set_loop_size_limit(device: &File, size_limit: u64) -> io::Result<()> {
+    let mut info = LoopInfo::EMPTY;
+    // SAFETY: the argument is a live, exclusive structure of the layout the command fills.
+    if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    info.size_limit = size_limit;
+    // SAFETY: the argument is a live structure of the layout the command reads.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_STATUS64, &raw const info) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Takes the backing file away from a loop device. While others have the device open this happens at their close.

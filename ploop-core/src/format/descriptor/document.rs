@@ -12,6 +12,11 @@ use super::{
 };
 use crate::format::xml::{self, Node};
 
+/// Our element for files that are to be removed.
+const OBSOLETE: &str = "Obsolete";
+/// Our element for a shot that a merge goes through.
+const MERGING: &str = "Merging";
+
 /// An element being read: known children are taken out one by one, what stays is not ours.
 struct Element {
     name: String,
@@ -126,6 +131,7 @@ impl DiskDescriptor {
         })?;
         let mut storage = Element::of(storage);
         let mut snapshots = Element::of(root.need("Snapshots")?);
+        let (obsolete, gone) = root.take(OBSOLETE)?.map(read_obsolete).unwrap_or_default();
 
         let disk_sectors = parameters.need_number("Disk_size")?;
         let delta_sectors_max = Some(parameters.number("Max_delta_size")?).filter(|&sectors| sectors > 0);
@@ -176,6 +182,8 @@ impl DiskDescriptor {
             shots,
             top,
             volume,
+            obsolete,
+            gone,
             rest: RestOf {
                 root: root.rest(),
                 parameters: parameters.rest(),
@@ -215,11 +223,16 @@ impl DiskDescriptor {
         let rest = &self.rest;
         let mut data: Vec<Node> = self.volume.clone().into_iter().collect();
         data.push(rest.storage.around("Storage", storage));
-        let sections = vec![
+        let mut sections = vec![
             rest.parameters.around("Disk_Parameters", parameters),
             rest.data.around("StorageData", data),
             rest.snapshots.around("Snapshots", snapshots),
         ];
+        if self.has_obsolete() {
+            let files = self.obsolete.iter().map(|file| Node::with_text("File", file));
+            let children = files.chain(self.gone.iter().map(|guid| Node::with_text("GUID", guid))).collect();
+            sections.push(Node { children, ..Node::new(OBSOLETE) });
+        }
         xml::print(&rest.root.around(&self.root, sections)).into_bytes()
     }
 }
@@ -249,13 +262,33 @@ fn read_image(mut image: Element, folder: Option<&Path>) -> Result<Image> {
 fn read_shot(mut shot: Element) -> Result<Shot> {
     let guid = shot.need_guid("GUID")?;
     let parent = shot.need_guid("ParentGUID")?;
+    // Ours, beside the original's word for "to be merged".
+    let merging = shot.take(MERGING)?.is_some();
     let mut transition = None;
-    for candidate in Transition::ALL {
+    for candidate in [Transition::Temporary, Transition::TemporaryZero, Transition::TemporaryZeroSwap] {
         if shot.take(candidate.name())?.is_some() && transition.replace(candidate).is_some() {
             return Err(wrong(format!("the shot {guid} is in two transitional states at once")));
         }
     }
+    let transition = match (merging, transition) {
+        (true, None | Some(Transition::Temporary)) => Some(Transition::Merging),
+        (true, Some(_)) => {
+            return Err(wrong(format!("the shot {guid} is in two transitional states at once")));
+        }
+        (false, transition) => transition,
+    };
     Ok(Shot { guid, parent, transition, rest: shot.rest() })
+}
+
+/// Files to be removed, and the states they were. A name that would not be taken for an image's is not taken here:
+/// nothing is removed by it.
+fn read_obsolete(node: Node) -> (Vec<String>, Vec<Guid>) {
+    let named = |name: &'static str| {
+        node.children.iter().filter(move |child| child.name == name).map(|child| child.text.trim())
+    };
+    let files = named("File").filter_map(|file| file_name(file).ok().map(str::to_owned));
+    let gone = named("GUID").filter_map(|guid| guid.parse().ok());
+    (files.take(ENTRIES_MAX).collect(), gone.take(ENTRIES_MAX).collect())
 }
 
 /// The one repair of the original: the top's image without a shot is a disk that never had a snapshot.
@@ -293,6 +326,9 @@ impl Image {
 impl Shot {
     fn node(&self) -> Node {
         let mut ours = vec![Node::with_text("GUID", self.guid), Node::with_text("ParentGUID", self.parent)];
+        if self.transition == Some(Transition::Merging) {
+            ours.push(Node::new(Transition::Temporary.name()));
+        }
         ours.extend(self.transition.map(|transition| Node::new(transition.name())));
         self.rest.around("Shot", ours)
     }

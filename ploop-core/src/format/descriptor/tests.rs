@@ -423,6 +423,8 @@ fn descriptor() -> impl Strategy<Value = DiskDescriptor> {
                     shots,
                     top: Guid::TOP,
                     volume: None,
+                    obsolete: if preallocated { vec!["gone.hds".to_owned()] } else { Vec::new() },
+                    gone: Vec::new(),
                     rest: RestOf {
                         root: rests.0,
                         parameters: rests.1,

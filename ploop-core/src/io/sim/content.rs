@@ -6,11 +6,38 @@ use std::sync::Arc;
 /// Bytes in a page.
 const PAGE_BYTES: u64 = 4096;
 const PAGE: usize = 4096;
+/// Bytes that are hashed together: a change costs no more than the sectors it touches.
+const SECTOR: usize = 512;
+const SECTORS: usize = PAGE / SECTOR;
 
-/// Fixed content and its hash.
+/// Fixed content and its hashes.
+#[derive(Clone)]
 struct Page {
     bytes: [u8; PAGE],
-    hash: u64,
+    /// Per sector; 0 for zeros.
+    hashes: [u64; SECTORS],
+}
+
+impl Page {
+    const ZERO: Self = Self { bytes: [0; PAGE], hashes: [0; SECTORS] };
+
+    fn change(&mut self, start: usize, data: &[u8]) {
+        let end = start + data.len();
+        self.bytes[start..end].copy_from_slice(data);
+        let sectors = start / SECTOR..end.div_ceil(SECTOR);
+        let bytes = self.bytes.as_chunks::<SECTOR>().0;
+        for (hash, bytes) in self.hashes[sectors.clone()].iter_mut().zip(&bytes[sectors]) {
+            *hash = if crate::io::buffer::is_zero(bytes) { 0 } else { hash_bytes(bytes) | 1 };
+        }
+    }
+
+    fn hash(&self) -> u64 {
+        self.hashes.iter().fold(0, |hash, &sector| mix(hash, sector))
+    }
+
+    fn is_zero(&self) -> bool {
+        self.hashes == [0; SECTORS]
+    }
 }
 
 /// Bytes of a file. Cloning shares all pages; a write copies those it touches.
@@ -25,11 +52,13 @@ pub(super) struct Content {
 /// A fast hash for telling states apart; no defence against anybody.
 pub(super) fn hash_bytes(bytes: &[u8]) -> u64 {
     let mut lanes = [0x9e37_79b9_7f4a_7c15_u64, 1, 2, 3];
-    let (words, rest) = bytes.as_chunks::<8>();
-    for (at, word) in words.iter().enumerate() {
-        let lane = &mut lanes[at % 4];
-        *lane = (*lane ^ u64::from_le_bytes(*word)).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
+    let (groups, _) = bytes.as_chunks::<32>();
+    for group in groups {
+        for (lane, word) in lanes.iter_mut().zip(group.as_chunks::<8>().0) {
+            *lane = (*lane ^ u64::from_le_bytes(*word)).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
+        }
     }
+    let rest = &bytes[groups.len() * 32..];
     let mut hash = lanes.iter().fold(bytes.len() as u64, |hash, &lane| mix(hash, lane));
     for &byte in rest {
         hash = mix(hash, u64::from(byte));
@@ -99,15 +128,12 @@ impl Content {
     }
 
     fn change(&mut self, number: u64, start: usize, data: &[u8]) {
-        let mut bytes = match self.pages.get(&number) {
-            Some(page) if data.len() < PAGE => page.bytes,
-            _ => [0; PAGE],
+        let mut page = match self.pages.get(&number) {
+            Some(page) if data.len() < PAGE => Page::clone(page),
+            _ => Page::ZERO,
         };
-        bytes[start..start + data.len()].copy_from_slice(data);
-        let new = (!crate::io::buffer::is_zero(&bytes)).then(|| {
-            let hash = hash_bytes(&bytes);
-            Arc::new(Page { bytes, hash })
-        });
+        page.change(start, data);
+        let new = (!page.is_zero()).then(|| Arc::new(page));
         self.put(number, new);
     }
 
@@ -117,14 +143,14 @@ impl Content {
         }
         let pages = Arc::make_mut(&mut self.pages);
         if let Some(new) = &new {
-            self.hash ^= mix(number, new.hash);
+            self.hash ^= mix(number, new.hash());
         }
         let old = match new {
             Some(new) => pages.insert(number, new),
             None => pages.remove(&number),
         };
         if let Some(old) = old {
-            self.hash ^= mix(number, old.hash);
+            self.hash ^= mix(number, old.hash());
         }
     }
 
@@ -148,6 +174,19 @@ impl Content {
                 self.change(number, small(start), &[0; PAGE][..small(stop - start)]);
             }
         }
+    }
+
+    /// Shortens the file without forgetting what lies behind its end: that shows when it grows again, until
+    /// [`forget_past_end`](Self::forget_past_end).
+    pub(super) fn hide_past(&mut self, len: u64) {
+        self.len = len;
+    }
+
+    /// Ends what [`hide_past`](Self::hide_past) began: from now on new bytes are zeros.
+    pub(super) fn forget_past_end(&mut self) {
+        let len = self.len;
+        self.len = u64::MAX;
+        self.set_len(len);
     }
 
     pub(super) fn set_len(&mut self, len: u64) {

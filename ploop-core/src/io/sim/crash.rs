@@ -26,6 +26,15 @@ pub enum CrashLevel {
     Subset,
     /// C2: any subset of 512-byte sectors of any change, and any length between the old and the new one.
     Sectors,
+    /// C3: as C2, and in some states the changes of a file apply in another order, and what a file was extended by,
+    /// and nothing wrote, is garbage. Sectors that cannot be read are not simulated.
+    Reordered,
+}
+
+impl CrashLevel {
+    fn cuts_sectors(self) -> bool {
+        matches!(self, Self::Sectors | Self::Reordered)
+    }
 }
 
 /// Which crash states to list.
@@ -88,7 +97,16 @@ enum Choice {
     AllButPiece(usize, u32),
     AllMetadata,
     AllData,
-    Random { seed: u64, percent: u64, by_piece: bool },
+    Random {
+        seed: u64,
+        percent: u64,
+        by_piece: bool,
+    },
+    /// As `Random` by piece; in another order, over garbage.
+    Reordered {
+        seed: u64,
+        percent: u64,
+    },
 }
 
 /// How long the files are.
@@ -121,7 +139,7 @@ impl Snapshot {
     pub fn crash_states(&self, options: &CrashOptions) -> CrashStates {
         let items = self.items(options.metadata_bytes);
         let choices = choices(&items, options);
-        let resized = options.level == CrashLevel::Sectors
+        let resized = options.level.cuts_sectors()
             && self.files.iter().any(|file| !file.log.is_empty() && file.live.len() != file.durable.len());
         let mut plans = Vec::new();
         let exhaustive = (choices.len() as u64) * 4 <= options.exhaustive_max;
@@ -167,15 +185,26 @@ impl Snapshot {
         let mut contents: Vec<Content> = self.files.iter().map(|file| file.durable.clone()).collect();
         let mut names = self.durable_names.clone();
         let mut chooser = Chooser::new(choice);
+        let mut changes: Vec<(usize, &Change, Selected)> = Vec::new();
         for (number, item) in items.iter().enumerate() {
             let selected = chooser.select(number, item);
             match item.place {
                 Place::Name(at) if selected.any() => self.name_log[at].change.apply(&mut names),
                 Place::Name(_) => {}
-                Place::File(file, at) => {
-                    apply_selected(&self.files[file].log[at].change, &selected, &mut contents[file]);
-                }
+                Place::File(file, at) => changes.push((file, &self.files[file].log[at].change, selected)),
             }
+        }
+        if let Choice::Reordered { seed, .. } = choice {
+            let mut random = Random::new(seed ^ 1);
+            for at in (1..changes.len()).rev() {
+                changes.swap(at, random.index(at + 1));
+            }
+            for (file, content) in self.files.iter().zip(&mut contents) {
+                garble(content, file.live.len(), &mut random);
+            }
+        }
+        for (file, change, selected) in &changes {
+            apply_selected(change, selected, &mut contents[*file]);
         }
         for (file, content) in self.files.iter().zip(&mut contents) {
             if !file.log.is_empty() && file.live.len() != file.durable.len() {
@@ -191,6 +220,9 @@ impl Snapshot {
                     }
                 }
             }
+        }
+        if matches!(choice, Choice::Reordered { .. }) {
+            contents.iter_mut().for_each(Content::forget_past_end);
         }
         let hash = names.iter().fold(0, |hash, (name, &file)| {
             mix(mix(hash, hash_bytes(name.as_bytes())), contents[file].hash())
@@ -212,8 +244,9 @@ fn choices(items: &[Item], options: &CrashOptions) -> Vec<Choice> {
     }
     let fits = |bits: u64| bits < 32 && 1u64 << bits <= options.exhaustive_max;
     let pieces: u64 = items.iter().map(|item| u64::from(item.pieces)).sum();
-    if options.level == CrashLevel::Sectors && fits(pieces) {
+    if options.level.cuts_sectors() && fits(pieces) {
         choices.extend((0..1u64 << pieces).map(Choice::Pieces));
+        choices.extend(reordered(options));
         return choices;
     }
     if fits(count as u64) {
@@ -233,7 +266,7 @@ fn choices(items: &[Item], options: &CrashOptions) -> Vec<Choice> {
     if !fits(count as u64) {
         sample(false, &mut choices);
     }
-    if options.level == CrashLevel::Sectors {
+    if options.level.cuts_sectors() {
         for (at, item) in items.iter().enumerate().filter(|(_, item)| item.is_metadata && item.pieces > 1) {
             for piece in 0..item.pieces {
                 choices.extend([Choice::OnlyPiece(at, piece), Choice::AllButPiece(at, piece)]);
@@ -241,7 +274,19 @@ fn choices(items: &[Item], options: &CrashOptions) -> Vec<Choice> {
         }
         sample(true, &mut choices);
     }
+    choices.extend(reordered(options));
     choices
+}
+
+/// Seeded choices of level C3.
+fn reordered(options: &CrashOptions) -> impl Iterator<Item = Choice> {
+    let per_density =
+        if options.level == CrashLevel::Reordered { options.random_per_density.max(1) } else { 0 };
+    let mut random = Random::new(options.seed ^ 0xc3);
+    [50, 90, 100].into_iter().flat_map(move |percent| {
+        let seeds: Vec<u64> = (0..per_density).map(|_| random.next_u64()).collect();
+        seeds.into_iter().map(move |seed| Choice::Reordered { seed, percent })
+    })
 }
 
 /// Which pieces of one change persisted.
@@ -274,7 +319,10 @@ struct Chooser {
 
 impl Chooser {
     fn new(choice: Choice) -> Self {
-        let seed = if let Choice::Random { seed, .. } = choice { seed } else { 0 };
+        let seed = match choice {
+            Choice::Random { seed, .. } | Choice::Reordered { seed, .. } => seed,
+            _ => 0,
+        };
         Self { choice, random: Random::new(seed), piece: 0 }
     }
 
@@ -301,11 +349,24 @@ impl Chooser {
             Choice::AllMetadata => Selected::whole(item.is_metadata),
             Choice::AllData => Selected::whole(!item.is_metadata),
             Choice::Random { percent, by_piece: false, .. } => Selected::whole(self.random.chance(percent)),
-            Choice::Random { percent, by_piece: true, .. } => {
+            Choice::Random { percent, by_piece: true, .. } | Choice::Reordered { percent, .. } => {
                 Selected::Some((0..pieces).map(|_| self.random.chance(percent)).collect())
             }
         }
     }
+}
+
+/// Some sectors past the end that become visible if the file gets longer: what the host had there before.
+fn garble(content: &mut Content, len: u64, random: &mut Random) {
+    const SECTORS_MAX: usize = 8;
+    let old = content.len();
+    let first = old.next_multiple_of(SECTOR_BYTES);
+    let sectors = len.saturating_sub(first) / SECTOR_BYTES;
+    for _ in 0..SECTORS_MAX.min(usize::try_from(sectors).unwrap_or(SECTORS_MAX)) {
+        let at = first + random.below(sectors) * SECTOR_BYTES;
+        content.write(at, &[0xa5; 512]);
+    }
+    content.hide_past(old);
 }
 
 /// The byte range of a change that can persist in parts.

@@ -8,7 +8,13 @@ use crate::io::sim::{CrashLevel, CrashOptions, Fault, SimDisk};
 const NAME: &str = "root.hds";
 
 fn options(mode: Mode) -> CreateOptions {
-    CreateOptions { cluster: Sectors(64), mode, ..CreateOptions::new("/bundle", NAME, Sectors(64 * 10 - 5)) }
+    let disk = Sectors(64 * 10 - 5);
+    CreateOptions {
+        cluster: Sectors(64),
+        mode,
+        reserve_raw: true,
+        ..CreateOptions::new("/bundle", NAME, disk)
+    }
 }
 
 const MODES: [Mode; 3] = [Mode::Expanded, Mode::Preallocated, Mode::Raw];
@@ -56,6 +62,18 @@ fn creates_every_mode_and_version() {
             let json = serde_json::to_value(&report).unwrap();
             assert_eq!(json["cluster_bytes"], 32768);
         }
+    }
+}
+
+#[test]
+fn a_raw_disk_is_reserved_or_one_hole() {
+    use std::os::unix::fs::MetadataExt;
+    for reserve_raw in [true, false] {
+        let place = tempfile::tempdir().unwrap();
+        let options = CreateOptions { folder: place.path().to_path_buf(), reserve_raw, ..options(Mode::Raw) };
+        let report = create(&options).unwrap();
+        let taken = std::fs::metadata(&report.image).unwrap().blocks() * 512;
+        assert_eq!(taken >= report.disk_bytes, reserve_raw, "{taken} bytes");
     }
 }
 

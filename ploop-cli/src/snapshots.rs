@@ -1,0 +1,91 @@
+//! What the commands on snapshots share: which disk is meant, whether a server must be asked, and names.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ploop_core::device::runtime::{Entry, Runtime, State};
+use ploop_core::format::{DESCRIPTOR_NAME, DiskDescriptor, Guid};
+use ploop_core::{Error, ErrorKind, Result};
+
+use crate::open;
+
+/// How long the descriptor's lock is waited for, as in the original.
+pub(crate) const LOCK_TIMEOUT: Duration = ploop_core::ops::descriptor_lock::LOCK_TIMEOUT;
+
+/// A disk with a descriptor, and the server that writes to it, if one does.
+pub(crate) struct Target {
+    /// The descriptor, absolute.
+    pub(crate) descriptor: PathBuf,
+    /// The server that has it open for writing.
+    pub(crate) served: Option<(Entry, State)>,
+}
+
+impl Target {
+    /// The disk named by a descriptor, its folder, or the device or mount point of a served one.
+    pub(crate) fn find(name: &Path) -> Result<Self> {
+        let runtime = Runtime::of_user()?;
+        let descriptor = match of_path(name) {
+            Some(descriptor) => descriptor,
+            None => match runtime.find(name)?.and_then(|state| state.open.descriptor) {
+                Some(descriptor) => descriptor,
+                None => {
+                    return Err(Error::new(
+                        ErrorKind::Parameter,
+                        "only a disk with a descriptor has snapshots",
+                    )
+                    .at_path(name)
+                    .advise(format!("give its {DESCRIPTOR_NAME} or the folder that has it")));
+                }
+            },
+        };
+        // By its path: each change of the snapshots gives the descriptor another inode.
+        let served = runtime.states()?.into_iter().find(|state| {
+            !state.open.read_only
+                && state.open.descriptor.as_ref() == Some(&descriptor)
+                && (state.is_running() || state.loop_device.is_some())
+        });
+        Ok(Self { descriptor, served: served.map(|state| (runtime.entry(&state.id), state)) })
+    }
+
+    /// What the descriptor says at the moment.
+    pub(crate) fn load(&self) -> Result<DiskDescriptor> {
+        open::load(&self.descriptor).map(|(_, descriptor)| descriptor)
+    }
+
+    /// Fails if the disk is served: for what can only be done to a closed one.
+    pub(crate) fn need_closed(&self, what: &str) -> Result<()> {
+        match &self.served {
+            None => Ok(()),
+            Some((_, state)) => {
+                let device = state
+                    .loop_device
+                    .as_ref()
+                    .map_or_else(|| state.id.clone(), |path| path.display().to_string());
+                Err(Error::new(ErrorKind::InUse, format!("{what}: the disk is mounted as {device}"))
+                    .at_path(&self.descriptor)
+                    .advise("unmount it first"))
+            }
+        }
+    }
+}
+
+/// The descriptor that a path names by itself.
+fn of_path(name: &Path) -> Option<PathBuf> {
+    let path = std::fs::canonicalize(name).ok()?;
+    if path.is_dir() {
+        let descriptor = path.join(DESCRIPTOR_NAME);
+        return descriptor.is_file().then_some(descriptor);
+    }
+    path.file_name().is_some_and(|name| name == DESCRIPTOR_NAME).then_some(path)
+}
+
+/// The GUID of a snapshot as typed: `{xxxxxxxx-…}`, in either case.
+pub(crate) fn guid(text: &str) -> std::result::Result<Guid, String> {
+    text.parse().map_err(|error: Error| error.to_string())
+}
+
+/// A rate as typed: a size for each second, at least one byte.
+pub(crate) fn rate(text: &str) -> std::result::Result<u64, String> {
+    let bytes = crate::args::size(text)?.checked_bytes();
+    bytes.filter(|&bytes| bytes > 0).ok_or_else(|| "a rate is at least one sector in a second".to_owned())
+}

@@ -1,0 +1,118 @@
+//! Disks in other forms: convert, export, import, restore-descriptor, as scripts meet them.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::support::{command, ploop, stage};
+
+/// 5 MiB and a bit, with data here and there.
+fn input() -> Vec<u8> {
+    let mut bytes = vec![0; (5 << 20) + 77];
+    bytes[10_000..400_000].fill(1);
+    bytes[3 << 20..(3 << 20) + 9].fill(2);
+    let end = bytes.len();
+    bytes[end - 1] = 3;
+    bytes
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+#[test]
+fn a_disk_goes_through_every_form_and_comes_out_the_same() {
+    let place = tempfile::tempdir().unwrap();
+    let (raw, folder) = (place.path().join("input.raw"), place.path().join("disk"));
+    fs::write(&raw, input()).unwrap();
+    fs::create_dir(&folder).unwrap();
+    let disk = text(&folder);
+    let made = ploop(&["--json", "import", "-b", "128", &text(&raw), &disk]).succeeded();
+    let made: serde_json::Value = serde_json::from_str(&made).unwrap();
+    assert_eq!(
+        (made["input_bytes"].as_u64(), made["cluster_bytes"].as_u64()),
+        (Some(5_242_957), Some(65_536))
+    );
+    for line in [
+        &["-v", "1"][..],
+        &["-b", "64"],
+        &["-f", "preallocated"],
+        &["-f", "raw"],
+        &["-f", "expanded", "-b", "128"],
+    ] {
+        let ran = ploop(&[&["--json", "convert"][..], line, &[&*disk]].concat());
+        assert!(ran.events().iter().any(|event| event["event"] == "phase_ended"), "{}", ran.stderr);
+        let report: serde_json::Value = serde_json::from_str(&ran.succeeded()).unwrap();
+        assert_eq!(report["images"].as_array().unwrap().len(), 1, "{line:?}");
+        let exported = command(&["export", &disk, "-"]).output().unwrap();
+        assert!(exported.status.success(), "{line:?}");
+        assert!(exported.stdout.starts_with(&input()), "{line:?}");
+        assert!(exported.stdout[input().len()..].iter().all(|&byte| byte == 0), "{line:?}");
+    }
+    // From a pipe, of a length nobody knows.
+    fs::create_dir(place.path().join("other")).unwrap();
+    let mut export = command(&["export", &disk, "-"]).stdout(Stdio::piped()).spawn().unwrap();
+    let target = text(&place.path().join("other/root.hds"));
+    let import = command(&["import", "-", &target]).stdin(export.stdout.take().unwrap()).output().unwrap();
+    assert!(import.status.success() && export.wait().unwrap().success());
+    let out = text(&place.path().join("out.raw"));
+    ploop(&["export", &target, &out]).succeeded();
+    assert!(fs::read(&out).unwrap().starts_with(&input()));
+}
+
+#[test]
+fn exit_codes_of_what_cannot_be() {
+    let place = tempfile::tempdir().unwrap();
+    let disk = text(place.path());
+    ploop(&["init", "-s", "8M", "-t", "none", &text(&place.path().join("root.hds"))]).succeeded();
+    ploop(&["convert", "-b", "100", &disk]).failed_with(38, &["power of two"]);
+    ploop(&["convert", "-b", "32768", &disk]).failed_with(38, &["no multiple", "advice"]);
+    ploop(&["convert", "-v", "1", &text(&place.path().join("root.hds"))])
+        .failed_with(38, &["DiskDescriptor.xml"]);
+    ploop(&["convert", "-v", "1", "/nonexistent"]).failed_with(4, &["/nonexistent"]);
+    ploop(&["import", "/nonexistent", &text(&place.path().join("x"))]).failed_with(4, &["/nonexistent"]);
+    ploop(&["export", "-u", "{00000001-aaaa-bbbb-cccc-000000000009}", &disk, &text(&place.path().join("y"))])
+        .failed_with(43, &["no snapshot"]);
+    ploop(&["export", "--format", "qcow2", &disk, "-"]).failed_with(38, &["pipe"]);
+    ploop(&["restore-descriptor", &disk, "root.hds"]).failed_with(1, &["there is one"]);
+}
+
+/// Without `qemu-img` the other formats say what is missing, and nothing is made.
+#[test]
+fn a_missing_program_is_named() {
+    let place = tempfile::tempdir().unwrap();
+    ploop(&["init", "-s", "8M", "-t", "none", &text(&place.path().join("root.hds"))]).succeeded();
+    let target = place.path().join("disk.qcow2");
+    let ran = command(&["export", "--format", "qcow2", &text(place.path()), &text(&target)])
+        .env("PATH", "/nonexistent")
+        .output()
+        .unwrap();
+    assert_eq!(ran.status.code(), Some(12));
+    let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+    assert!(said.contains("qemu-img") && said.contains("raw files"), "{said}");
+    assert!(!target.exists());
+}
+
+#[test]
+fn files_that_stand_on_others_are_not_imported() {
+    let Some(stage) = stage() else { return };
+    let (base, top) = (text(&stage.path("base.qcow2")), text(&stage.path("top.qcow2")));
+    let create =
+        |line: &[&str]| Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).args(line).status();
+    if !create(&[&base, "8M"]).is_ok_and(|status| status.success()) {
+        println!("SKIP: qemu-img is not installed");
+        return;
+    }
+    assert!(create(&["-b", &base, "-F", "qcow2", &top]).unwrap().success());
+    let target = stage.path("disk");
+    fs::create_dir(&target).unwrap();
+    stage.ploop(&["import", "--format", "qcow2", &top, &text(&target)]).failed_with(38, &["in others"]);
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
+    stage.ploop(&["import", "--format", "qcow2", &base, &text(&target)]).succeeded();
+    // While it is mounted it is not converted, nor exported.
+    let device = stage.ploop(&["mount", &text(&target)]).succeeded();
+    stage.ploop(&["convert", "-v", "1", &text(&target)]).failed_with(37, &["open"]);
+    stage.ploop(&["export", &text(&target), &text(&stage.path("out"))]).failed_with(37, &["open"]);
+    stage.ploop(&["umount", "-d", device.trim()]).succeeded();
+    stage.ploop(&["convert", "-v", "1", &text(&target)]).succeeded();
+}

@@ -1,0 +1,321 @@
+//! Snapshots of a served disk that is written to.
+
+#![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use ploop_core::device::control::Connection;
+use ploop_core::format::DiskDescriptor;
+use ploop_core::io::file::DirectoryFolder;
+use ploop_core::io::sim::Random;
+use serde_json::{Value, json};
+
+use crate::ground::{Direct, Ground, can_take_over, program, signal};
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Asks the server of a disk to make a snapshot; freezes the file system at `point` as it is told to.
+fn snapshot(ground: &Ground, point: Option<&Path>) -> ploop_core::Result<Value> {
+    let connection = Connection::open(&socket(ground))?;
+    let mut is_frozen = false;
+    let made = connection.ask("snapshot", &json!({}), &[], Some(Duration::from_secs(60)), |asked| {
+        match (asked["ask"].as_str().unwrap(), point) {
+            ("sync", Some(point)) => drop(program("sync", &["-f", text(point)])),
+            ("freeze", Some(point)) => {
+                program("fsfreeze", &["-f", text(point)]);
+                is_frozen = true;
+            }
+            ("thaw", Some(point)) if is_frozen => {
+                program("fsfreeze", &["-u", text(point)]);
+                is_frozen = false;
+            }
+            _ => {}
+        }
+        // A server that was killed does not listen.
+        let _ = connection.send(&json!({"done": point.is_some()}), &[]);
+    });
+    if let Some(point) = point
+        && is_frozen
+    {
+        program("fsfreeze", &["-u", text(point)]);
+    }
+    made
+}
+
+/// The disk that is written to: others are snapshots of it.
+fn socket(ground: &Ground) -> PathBuf {
+    let states = ground.runtime().states().unwrap();
+    let writing = states.iter().find(|state| !state.open.read_only).unwrap();
+    ground.runtime().entry(&writing.id).socket()
+}
+
+fn delete(ground: &Ground, guid: &str) -> ploop_core::Result<Value> {
+    let connection = Connection::open(&socket(ground))?;
+    let (leash, _held) = nix::unistd::pipe().unwrap();
+    let request = json!({"arguments": {"snapshot": guid}});
+    connection.ask("snapshot-delete", &request, &[leash.as_fd()], Some(Duration::from_secs(60)), |_| {})
+}
+
+fn name(report: &Value) -> String {
+    report["snapshot"].as_str().unwrap().to_owned()
+}
+
+/// The snapshots of the bundle that holds `image`, and its files.
+fn bundle(image: &Path) -> (Vec<String>, usize) {
+    let folder = image.parent().unwrap();
+    let descriptor = DiskDescriptor::load(&DirectoryFolder::open(folder).unwrap(), None).unwrap();
+    let states =
+        descriptor.shots().iter().map(|shot| shot.guid()).filter(|guid| *guid != descriptor.top_guid());
+    let names = fs::read_dir(folder).unwrap().map(|item| item.unwrap().file_name());
+    let files = names.filter(|name| name.to_string_lossy().starts_with("disk.hds")).count();
+    (states.map(|guid| guid.to_string()).collect(), files)
+}
+
+/// Servers killed in one mount.
+const KILLS_PER_MOUNT: u64 = 4;
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_mounted_file_system_is_kept_as_it_was_and_goes_on() {
+    let Some(ground) = Ground::new() else { return };
+    let image = ground.create("disk", 256, 1024);
+    let device = ground.mount(&[text(&image)]);
+    program("mkfs.ext4", &["-q", text(&device)]);
+    ground.ends_with(0, &["umount", text(&device)]);
+    let (point, kept) = (ground.make_folder("point"), ground.make_folder("kept"));
+    ground.mount(&["-m", text(&point), text(&image)]);
+    let stop = AtomicBool::new(false);
+    let written = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let ending = StopOnDrop(&stop);
+        scope.spawn(|| {
+            // Each file says which it is, and the next is begun when it is whole.
+            for number in 0_u64.. {
+                if stop.load(Ordering::SeqCst) {
+                    return;
+                }
+                let content = number.to_le_bytes().repeat(512 + (number as usize % 7) * 3000);
+                let path = point.join(format!("file-{}", number % 400));
+                fs::write(&path, &content).unwrap();
+                assert!(fs::read(&path).unwrap() == content);
+                written.store(number, Ordering::SeqCst);
+            }
+        });
+        for round in 0..3 {
+            let least = written.load(Ordering::SeqCst) + 20;
+            ground.wait_until("more is written", || written.load(Ordering::SeqCst) >= least);
+            let before = written.load(Ordering::SeqCst);
+            let report = snapshot(&ground, Some(&point)).unwrap();
+            println!("held for {} ms, frozen for {} ms", report["held_ms"], report["frozen_ms"]);
+            assert_eq!(report["warnings"], json!([]), "round {round}");
+            let guid = name(&report);
+            // Read by somebody else while the disk goes on; clean without a replay of the journal.
+            let other = ground.mount(&[
+                "-r",
+                "-u",
+                &guid,
+                "-m",
+                text(&kept),
+                "-o",
+                "ro,noload",
+                text(image.parent().unwrap()),
+            ]);
+            program("e2fsck", &["-f", "-n", text(&other)]);
+            let features = program("dumpe2fs", &["-h", text(&other)]);
+            assert!(!features.contains("needs_recovery"), "{features}");
+            let last = kept.join(format!("file-{}", before % 400));
+            assert!(!fs::read(last).unwrap().is_empty());
+            assert_eq!(delete(&ground, &guid).unwrap_err().kind(), ploop_core::ErrorKind::InUse);
+            ground.ends_with(0, &["umount", text(&other)]);
+            if round != 1 {
+                let report = delete(&ground, &guid).unwrap();
+                println!("merged {} bytes, held for {} ms", report["merged_bytes"], report["held_ms"]);
+            }
+        }
+        drop(ending);
+    });
+    let (left, files) = bundle(&image);
+    assert_eq!((left.len(), files), (1, 2));
+    let (first, _) = (&left[0], ());
+    delete(&ground, first).unwrap();
+    assert_eq!(bundle(&image), (Vec::new(), 1));
+    ground.ends_with(0, &["umount", "-m", text(&point)]);
+    let device = ground.mount(&["-r", text(&image)]);
+    program("e2fsck", &["-f", "-n", text(&device)]);
+}
+
+/// Writers that own their blocks and check them in each round, while `disturb` works; then everything is checked on a
+/// new mount.
+fn under_writers(ground: &Ground, image: &Path, disturb: impl FnOnce()) {
+    const WRITERS: u64 = 3;
+    const BLOCK: usize = 16 << 10;
+    const BLOCKS: u64 = 300;
+    let device = ground.runtime().states().unwrap()[0].loop_device.clone().unwrap();
+    let direct = Direct::open(&device);
+    let stop = AtomicBool::new(false);
+    let rounds: Vec<AtomicU64> = (0..WRITERS).map(|_| AtomicU64::new(0)).collect();
+    std::thread::scope(|scope| {
+        for writer in 0..WRITERS {
+            let (direct, stop, done) = (&direct, &stop, &rounds[writer as usize]);
+            scope.spawn(move || {
+                let place = |block: u64| ((block * 7 % BLOCKS) * WRITERS + writer) * BLOCK as u64;
+                for round in 1.. {
+                    for block in 0..BLOCKS {
+                        if round > 1 {
+                            direct.expect(place(block), BLOCK, round - 1);
+                        }
+                        direct.write(place(block), BLOCK, round).unwrap();
+                        if block % 50 == 0 && writer % 2 == 0 {
+                            direct.sync().unwrap();
+                        }
+                    }
+                    done.store(round, Ordering::SeqCst);
+                    if stop.load(Ordering::SeqCst) {
+                        return;
+                    }
+                }
+            });
+        }
+        let _ending = StopOnDrop(&stop);
+        disturb();
+    });
+    drop(direct);
+    ground.ends_with(0, &["umount", text(image)]);
+    let device = ground.mount(&["-n", "-r", text(image)]);
+    let reader = Direct::open(&device);
+    for writer in 0..WRITERS {
+        for block in 0..BLOCKS {
+            let round = rounds[writer as usize].load(Ordering::SeqCst);
+            reader.expect((block * WRITERS + writer) * BLOCK as u64, BLOCK, round);
+        }
+    }
+    drop(reader);
+    ground.ends_with(0, &["umount", text(image)]);
+}
+
+#[test]
+fn many_snapshots_and_merges_under_load_change_nothing() {
+    let Some(ground) = Ground::new() else { return };
+    let image = ground.create("disk", 64, 64);
+    ground.mount(&["-n", "--threads", "2", text(&image)]);
+    under_writers(&ground, &image, || {
+        let mut kept: Vec<String> = Vec::new();
+        for round in 0..24 {
+            if kept.len() < 5 && round % 3 != 2 {
+                kept.push(name(&snapshot(&ground, None).unwrap()));
+            } else {
+                let guid = kept.remove(round % kept.len());
+                delete(&ground, &guid).unwrap();
+            }
+        }
+        for guid in kept {
+            delete(&ground, &guid).unwrap();
+        }
+    });
+    assert_eq!(bundle(&image), (Vec::new(), 1));
+}
+
+#[test]
+fn servers_that_die_in_snapshots_and_merges_lose_nothing() {
+    if !can_take_over() {
+        println!("SKIP: this kernel cannot repeat requests to a successor");
+        return;
+    }
+    let Some(ground) = Ground::new() else { return };
+    let number = |name: &str, usual: u64| std::env::var(name).map_or(usual, |text| text.parse().unwrap());
+    let (seed, kills) = (number("SEED", 1), number("PLOOP_KILLS", 20));
+    println!("SEED={seed}, {kills} kills");
+    let image = ground.create("disk", 64, 64);
+    // A keeper gives up after a handful of deaths in one minute.
+    for mount in 0..kills.div_ceil(KILLS_PER_MOUNT) {
+        ground.mount(&["-n", text(&image)]);
+        kill_servers(&ground, &image, seed.wrapping_mul(1000) + mount);
+        assert_eq!(bundle(&image), (Vec::new(), 1));
+    }
+}
+
+/// Kills servers at random moments of snapshots and merges under load, then ends what was cut, and the mount.
+fn kill_servers(ground: &Ground, image: &Path, seed: u64) {
+    under_writers(ground, image, || {
+        let mut random = Random::new(seed);
+        for _ in 0..KILLS_PER_MOUNT {
+            // One that dies before it has come to serving counts as one that cannot.
+            std::thread::sleep(Duration::from_millis(300));
+            let victim = ground.state().server.unwrap().id;
+            let before = ground.state().server;
+            let delay = random.below(60_000);
+            let deletes = random.chance(50);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    std::thread::sleep(Duration::from_micros(delay));
+                    signal(victim, Signal::SIGKILL);
+                });
+                // Until the server dies. What comes of it is not known.
+                let (kept, _) = bundle(image);
+                match kept.first().filter(|_| deletes || kept.len() > 4) {
+                    Some(guid) => drop(delete(ground, guid)),
+                    None => drop(snapshot(ground, None)),
+                }
+            });
+            ground.wait_until("a successor serves", || {
+                let state = ground.state();
+                assert_eq!(state.failure, None, "{}", ground.logs());
+                state.server != before
+                    && Connection::open(&socket(ground)).is_ok_and(|connection| {
+                        connection.ask("status", &(), &[], Some(Duration::from_secs(10)), |_| {}).is_ok()
+                    })
+            });
+        }
+        // The same commands again end what was cut.
+        for guid in bundle(image).0 {
+            delete(ground, &guid).unwrap();
+        }
+        let last = name(&snapshot(ground, None).unwrap());
+        delete(ground, &last).unwrap();
+    });
+}
+
+#[test]
+fn a_full_host_and_other_jobs_are_told_and_the_disk_goes_on() {
+    let Some(ground) = Ground::new() else { return };
+    let image = ground.create("disk", 64, 64);
+    let device = ground.mount(&["-n", text(&image)]);
+    let direct = Direct::open(&device);
+    direct.write(0, 65536, 1).unwrap();
+    // A descriptor that somebody else works on: nothing is changed.
+    let connection = Connection::open(&socket(&ground)).unwrap();
+    let wrong = connection.ask(
+        "snapshot",
+        &json!({"snapshot": "no guid"}),
+        &[],
+        Some(Duration::from_secs(10)),
+        |_| {},
+    );
+    assert!(wrong.is_err());
+    let taken = name(&snapshot(&ground, None).unwrap());
+    let again =
+        connection.ask("snapshot", &json!({"snapshot": taken}), &[], Some(Duration::from_secs(10)), |_| {});
+    assert_eq!(again.unwrap_err().kind(), ploop_core::ErrorKind::Parameter);
+    direct.write(65536, 65536, 2).unwrap();
+    direct.expect(0, 65536, 1);
+    direct.expect(65536, 65536, 2);
+    drop(direct);
+    // The descriptor is another file than the one it was mounted by.
+    ground.ends_with(0, &["umount", text(image.parent().unwrap())]);
+    // A disk from image files has no snapshots.
+    assert_eq!(bundle(&image).1, 2);
+}

@@ -1,0 +1,75 @@
+//! The files of a running disk.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::file::{Caching, DirectoryFolder};
+use crate::io::{Access, Folder, Storage};
+use crate::ops::image_files::LockedFolder;
+
+/// Where the images and the descriptor of a running disk lie.
+pub trait Bundle: Send + Sync {
+    /// The folder of the descriptor.
+    fn folder(&self) -> &dyn Folder;
+    /// Its path, for messages.
+    fn path(&self) -> &Path;
+    /// Opens an image as the server needs it: locked for what `access` says, past the page cache where that is done.
+    fn open_image(&self, file: &str, access: Access, raw: bool) -> Result<Arc<dyn Storage>>;
+    /// The same folder for images that the running disk does not use: each is locked while it is open.
+    fn unused_images(&self) -> &dyn Folder;
+    /// Removes an image file, if it is there.
+    fn remove_image(&self, file: &str) -> Result<()>;
+}
+
+/// A bundle in a folder of the host.
+pub struct RunningBundle {
+    folder: DirectoryFolder,
+    unused_images: LockedFolder,
+    path: PathBuf,
+    caching: Caching,
+}
+
+impl RunningBundle {
+    /// The bundle in the folder at `path`.
+    pub fn open(path: &Path, caching: Caching) -> Result<Self> {
+        Ok(Self {
+            folder: DirectoryFolder::open(path)?,
+            unused_images: LockedFolder::open(path)?,
+            path: path.to_path_buf(),
+            caching,
+        })
+    }
+}
+
+impl Bundle for RunningBundle {
+    fn folder(&self) -> &dyn Folder {
+        &self.folder
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn open_image(&self, file: &str, access: Access, raw: bool) -> Result<Arc<dyn Storage>> {
+        crate::ops::open::open_locked(&self.folder, &self.path, file, (access, raw, self.caching))
+    }
+
+    fn unused_images(&self) -> &dyn Folder {
+        &self.unused_images
+    }
+
+    fn remove_image(&self, file: &str) -> Result<()> {
+        let removed = match file.split_once('/') {
+            Some((inner, name)) => self.folder.open_folder(inner)?.unlink(name),
+            None => self.folder.unlink(file),
+        };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io(ErrorKind::Unlink, "remove an image", error).at_path(self.path.join(file)))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The snapshots of a disk and how they hang together, from its descriptor; changing and locking nothing.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use serde::Serialize;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{DESCRIPTOR_NAME, Guid};
+use crate::io::file;
+use crate::io::{Access, Storage};
+use crate::ops::open::{Bundle, Place, place, real_path};
+
+/// One state of the disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SnapshotEntry {
+    /// Its name.
+    pub uuid: Guid,
+    /// The state below it; all zeros for a base.
+    pub parent_uuid: Guid,
+    /// Whether it is the current one, which is no snapshot.
+    pub current: bool,
+    /// Its image.
+    pub fname: PathBuf,
+    /// A state between two descriptors, in the descriptor's word.
+    pub transition: Option<&'static str>,
+    /// How many images its chain has, itself among them; none if the chain is broken.
+    pub depth: Option<usize>,
+    /// Length of the image file in bytes; none if it cannot be opened.
+    pub file_bytes: Option<u64>,
+    /// What the file takes on the host, in bytes.
+    pub host_bytes: Option<u64>,
+    /// When the file was last written, in seconds since 1970: for a snapshot, about when it was taken.
+    pub modified_unix_seconds: Option<u64>,
+    /// How many names the file has: more than one if clones share it.
+    pub names: Option<u64>,
+}
+
+/// The states of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SnapshotList {
+    /// The descriptor.
+    pub descriptor: PathBuf,
+    /// In the order of the descriptor.
+    pub states: Vec<SnapshotEntry>,
+}
+
+/// Lists the states of the disk at `path`, a descriptor or its folder.
+pub fn snapshot_list(path: &Path) -> Result<SnapshotList> {
+    let Place::Bundle(folder) = place(path)? else {
+        return Err(
+            Error::new(ErrorKind::Parameter, "only a disk with a descriptor has snapshots").at_path(path)
+        );
+    };
+    let bundle = Bundle::open(&folder)?;
+    let descriptor = &bundle.descriptor;
+    let real = real_path(&folder)?;
+    let mut states = Vec::new();
+    for shot in descriptor.shots() {
+        let guid = shot.guid();
+        let image = descriptor.image(guid).ok_or_else(|| {
+            Error::new(ErrorKind::Descriptor, format!("the shot {guid} has no image")).at_path(&folder)
+        })?;
+        // A file that is missing is told by its absent sizes.
+        let storage = bundle.open_image(image, &file::OpenOptions::new(Access::ReadOnly)).ok();
+        let metadata = storage.as_ref().and_then(|storage| storage.metadata().ok());
+        states.push(SnapshotEntry {
+            uuid: guid,
+            parent_uuid: shot.parent(),
+            current: guid == descriptor.top_guid(),
+            fname: real.join(image.file()),
+            transition: shot.transition().map(|transition| transition.name()),
+            depth: descriptor.chain_for(guid).ok().map(|chain| chain.len()),
+            file_bytes: metadata.as_ref().map(|metadata| metadata.len()),
+            host_bytes: storage.as_ref().and_then(|storage| storage.allocated_bytes().ok()),
+            modified_unix_seconds: metadata
+                .as_ref()
+                .and_then(|metadata| metadata.modified().ok())
+                .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
+                .map(|since| since.as_secs()),
+            names: metadata.as_ref().map(|metadata| metadata.nlink()),
+        });
+    }
+    Ok(SnapshotList { descriptor: real.join(DESCRIPTOR_NAME), states })
+}
+
+impl SnapshotList {
+    /// The state of that name.
+    pub fn find(&self, guid: Guid) -> Result<&SnapshotEntry> {
+        self.states.iter().find(|entry| entry.uuid == guid).ok_or_else(|| {
+            Error::new(ErrorKind::NoSnapshot, format!("there is no snapshot {guid}"))
+                .at_path(&self.descriptor)
+        })
+    }
+}
