@@ -20,27 +20,74 @@ const JOBS: &[(&str, &str, &str, u32)] = &[
     ("sequential_read_1m_depth_8", "read", "1m", 8),
 ];
 
+const FIO: [&str; 5] =
+    ["--name=bench", "--ioengine=io_uring", "--direct=1", "--randrepeat=1", "--output-format=json"];
+
+/// The report of one job.
+pub(crate) fn fio_json(arguments: &[&str]) -> Result<Value, Failure> {
+    Ok(serde_json::from_str(&run(Command::new("fio").args(FIO).args(arguments))?)?)
+}
+
+/// A job that goes on until it is told to end; killed when dropped.
+pub(crate) struct Load(Option<Child>);
+
+impl Load {
+    /// Starts it, and waits until it writes.
+    pub(crate) fn start(device: &str, arguments: &[&str]) -> Result<Self, Failure> {
+        let mut command = Command::new("fio");
+        command.args(FIO).args(["--time_based", "--runtime=3600"]).args(arguments);
+        command.arg(format!("--filename={device}"));
+        let load = Self(Some(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?));
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        Ok(load)
+    }
+
+    /// Ends it; its report.
+    pub(crate) fn end(mut self) -> Result<Value, Failure> {
+        let child = self.0.take().ok_or("a load that has ended")?;
+        // fio then finishes what it has begun and reports.
+        nix::sys::signal::kill(id(&child), nix::sys::signal::Signal::SIGINT)?;
+        let output = child.wait_with_output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        // It says in words that it was told to end.
+        let json = text.find('{').zip(text.rfind('}')).and_then(|(from, to)| text.get(from..=to));
+        Ok(serde_json::from_str(json.ok_or("fio reported nothing")?)?)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn id(child: &Child) -> nix::unistd::Pid {
+    nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap_or(0))
+}
+
 fn fio(device: &str, rw: &str, block: &str, depth: u32) -> Result<f64, Failure> {
-    let text = run(Command::new("fio").args([
-        "--name=bench",
-        "--ioengine=io_uring",
-        "--direct=1",
+    fio_for(device, rw, block, depth, SECONDS)
+}
+
+/// Bytes per second of one job that runs for some seconds.
+pub(crate) fn fio_for(device: &str, rw: &str, block: &str, depth: u32, seconds: u32) -> Result<f64, Failure> {
+    let report = fio_json(&[
         "--time_based",
-        "--output-format=json",
-        "--randrepeat=1",
         &format!("--filename={device}"),
         &format!("--rw={rw}"),
         &format!("--bs={block}"),
         &format!("--iodepth={depth}"),
-        &format!("--runtime={SECONDS}"),
-    ]))?;
-    let report: Value = serde_json::from_str(&text)?;
+        &format!("--runtime={seconds}"),
+    ])?;
     let side = if rw.ends_with("read") { "read" } else { "write" };
     report["jobs"][0][side]["bw_bytes"].as_f64().ok_or_else(|| "fio reported no rate".into())
 }
 
-/// All jobs on one device that was filled once, so that every cluster is allocated. Rates in MiB/s.
-fn measure(device: &str) -> Result<Value, Failure> {
+/// Writes a whole device once, so that every cluster is allocated.
+pub(crate) fn fill(device: &str) -> Result<(), Failure> {
     run(Command::new("fio").args([
         "--name=fill",
         "--ioengine=io_uring",
@@ -49,7 +96,13 @@ fn measure(device: &str) -> Result<Value, Failure> {
         "--bs=1m",
         "--iodepth=8",
         &format!("--filename={device}"),
-    ]))?;
+    ]))
+    .map(drop)
+}
+
+/// All jobs on one device that was filled once. Rates in MiB/s.
+fn measure(device: &str) -> Result<Value, Failure> {
+    fill(device)?;
     let mut rates = serde_json::Map::new();
     for (name, rw, block, depth) in JOBS {
         rates.insert((*name).to_owned(), json!(fio(device, rw, block, *depth)? / f64::from(1 << 20)));
@@ -106,9 +159,28 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let id = nix::unistd::Pid::from_raw(i32::try_from(self.0.id()).unwrap_or(0));
-        let _ = nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM);
+        let _ = nix::sys::signal::kill(id(&self.0), nix::sys::signal::Signal::SIGTERM);
         let _ = self.0.wait();
+    }
+}
+
+/// An image that `qemu-storage-daemon` serves, under a loop device as ours is.
+pub(crate) struct Export {
+    // Goes before its daemon.
+    device: Loop,
+    _daemon: Daemon,
+}
+
+impl Export {
+    pub(crate) fn new(work: &Work, image: &Path, format: &str) -> Result<Self, Failure> {
+        let name = image.file_name().ok_or("an image without a name")?.to_string_lossy().into_owned();
+        let file = work.path(&format!("{name}.export"));
+        let daemon = Daemon::export(image, format, &file)?;
+        Ok(Self { device: Loop::attach(&file)?, _daemon: daemon })
+    }
+
+    pub(crate) fn device(&self) -> &str {
+        &self.device.0
     }
 }
 
@@ -137,12 +209,11 @@ pub fn bench(reporter: &Reporter) -> Result<(), Failure> {
         return Ok(());
     }
     for format in ["raw", "qcow2", "parallels"] {
-        let (image, file) = (work.path(&format!("{format}.img")), work.path(&format!("{format}.export")));
+        let image = work.path(&format!("{format}.img"));
         run(Command::new("qemu-img").args(["create", "-q", "-f", format]).arg(&image).arg(SIZE))?;
-        let _daemon = Daemon::export(&image, format, &file)?;
-        let device = Loop::attach(&file)?;
+        let export = Export::new(&work, &image, format)?;
         let who = format!("qemu-storage-daemon {format}");
-        reporter.figure("device", json!({ "who": who, "mib_per_second": measure(&device.0)? }));
+        reporter.figure("device", json!({ "who": who, "mib_per_second": measure(export.device())? }));
     }
     Ok(())
 }

@@ -1,10 +1,34 @@
 //! What every bench needs: a work folder, child processes with their times and memory, disks that clean up.
 
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+/// Where work folders are made: `PLOOP_BENCH_DIR`, or /var/tmp, which is on a disk.
+pub fn base_folder() -> PathBuf {
+    std::env::var_os("PLOOP_BENCH_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
+}
+
+fn cpu_of(who: UsageWho) -> Result<f64, Failure> {
+    let usage = getrusage(who)?;
+    let microseconds = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    #[allow(clippy::cast_precision_loss)]
+    Ok(microseconds as f64 / 1e6)
+}
+
+/// Processor time of this process.
+pub fn cpu_seconds() -> Result<f64, Failure> {
+    cpu_of(UsageWho::RUSAGE_SELF)
+}
+
+/// Processor time of all children that have ended.
+pub fn cpu_seconds_of_children() -> Result<f64, Failure> {
+    cpu_of(UsageWho::RUSAGE_CHILDREN)
+}
 
 /// A failed step of a bench, in words.
 pub type Failure = Box<dyn std::error::Error>;
@@ -16,10 +40,9 @@ pub struct Work {
 }
 
 impl Work {
-    /// A new folder below `PLOOP_BENCH_DIR` (default: /var/tmp, which is on a disk), with its own run-time folder.
+    /// A new folder below the [`base_folder`], with its own run-time folder.
     pub fn new() -> Result<Self, Failure> {
-        let base =
-            std::env::var_os("PLOOP_BENCH_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        let base = base_folder();
         let own = std::env::current_exe()?;
         let ploop = own.with_file_name("ploop");
         if !ploop.exists() {
@@ -39,6 +62,17 @@ impl Work {
         let path = self.path(name);
         std::fs::create_dir_all(&path)?;
         Ok(path)
+    }
+
+    /// Refuses to start what this folder has no room for.
+    pub fn need_bytes(&self, bytes: u64) -> Result<(), Failure> {
+        let found = nix::sys::statvfs::statvfs(self.folder.path())?;
+        let free = found.blocks_available() * found.fragment_size();
+        if free >= bytes + bytes / 8 {
+            return Ok(());
+        }
+        let folder = self.folder.path().display();
+        Err(format!("{folder}: {} MiB are free, this takes {} MiB", free >> 20, bytes >> 20).into())
     }
 
     /// The measured `ploop`, ready for arguments.
@@ -107,7 +141,7 @@ impl Measured {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(Duration::from_millis(1));
         };
         let wall_seconds = self.started.elapsed().as_secs_f64();
         if !status.success() {
@@ -147,13 +181,40 @@ impl<'a> Mounted<'a> {
         Ok(Self { work, descriptor, mount_point, device })
     }
 
-    /// The device of a disk without a file system.
+    /// The device of a disk without a file system, in clusters of 1 MiB.
     pub fn bare(work: &'a Work, name: &str, size: &str) -> Result<Self, Failure> {
+        Self::bare_in_clusters(work, name, size, 1024)
+    }
+
+    /// The device of a disk without a file system.
+    pub fn bare_in_clusters(
+        work: &'a Work,
+        name: &str,
+        size: &str,
+        cluster_kib: u32,
+    ) -> Result<Self, Failure> {
         let folder = work.folder(name)?;
-        run(work.ploop().args(["init", "-s", size, "-t", "none"]).arg(folder.join("root.hds")))?;
+        let sectors = (cluster_kib * 2).to_string();
+        run(work
+            .ploop()
+            .args(["init", "-s", size, "-t", "none", "-b", &sectors])
+            .arg(folder.join("root.hds")))?;
         let descriptor = folder.join("DiskDescriptor.xml");
         let device = run(work.ploop().arg("mount").arg(&descriptor))?;
         Ok(Self { work, descriptor, mount_point: PathBuf::new(), device })
+    }
+}
+
+impl Mounted<'_> {
+    /// Makes a snapshot; the report of the command.
+    pub fn snapshot(&self) -> Result<serde_json::Value, Failure> {
+        let text = run(self.work.ploop().args(["--json", "snapshot"]).arg(&self.descriptor))?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// The images of the disk.
+    pub fn folder(&self) -> &Path {
+        self.descriptor.parent().unwrap_or(Path::new("/"))
     }
 }
 

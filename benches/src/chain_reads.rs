@@ -1,0 +1,135 @@
+//! Random reads of 4 KiB from a full disk at chain depth 1, 10 and 100: what a long chain costs. Beside it qcow2 in
+//! `qemu-storage-daemon` behind the same kind of loop device, with the same clusters and as much in every delta.
+//!
+//! All depths are measured in turn, several times over, so that a slow moment of the host hits them all.
+
+use crate::device::{Export, fill, fio_for};
+use crate::report::{Reporter, median};
+use crate::work::{Failure, Mounted, Work, have, run};
+use serde_json::json;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+
+const DEPTHS: [u32; 3] = [1, 10, 100];
+const SIZE: &str = "1G";
+const CLUSTER_KIB: u32 = 64;
+/// Clusters of the disk.
+const CLUSTERS: u64 = (1 << 30) / (64 << 10);
+/// Clusters that each delta holds.
+const DELTA_CLUSTERS: u64 = 32;
+const ROUNDS: usize = 3;
+const SECONDS: u32 = 2;
+
+/// Scattered clusters for the delta of that number, in bytes from the start of the disk.
+fn places(delta: u32) -> impl Iterator<Item = u64> {
+    let number = move |index| u64::from(delta) * DELTA_CLUSTERS + index;
+    // Odd, so no place comes twice before all have come.
+    (0..DELTA_CLUSTERS).map(move |index| number(index) * 7919 % CLUSTERS * (u64::from(CLUSTER_KIB) << 10))
+}
+
+/// Rates in MiB/s, as medians, in the order of the depths.
+fn rates(devices: &[&str]) -> Result<Vec<f64>, Failure> {
+    let mut rates = vec![Vec::new(); devices.len()];
+    for _ in 0..ROUNDS {
+        for (rates, device) in rates.iter_mut().zip(devices) {
+            rates.push(fio_for(device, "randread", "4k", 32, SECONDS)? / f64::from(1 << 20));
+        }
+    }
+    Ok(rates.iter().map(|rates| median(rates)).collect())
+}
+
+fn ours(work: &Work) -> Result<Vec<f64>, Failure> {
+    let mut disks = Vec::new();
+    for depth in DEPTHS {
+        let disk = Mounted::bare_in_clusters(work, &format!("reads-{depth}"), SIZE, CLUSTER_KIB)?;
+        fill(&disk.device)?;
+        let bytes = vec![0xA5; usize::try_from(CLUSTER_KIB)? << 10];
+        for delta in 1..depth {
+            disk.snapshot()?;
+            let device = File::options().write(true).open(&disk.device)?;
+            for place in places(delta) {
+                device.write_all_at(&bytes, place)?;
+            }
+            device.sync_data()?;
+        }
+        disks.push(disk);
+    }
+    let devices: Vec<_> = disks.iter().map(|disk| disk.device.as_str()).collect();
+    let rates = rates(&devices);
+    drop(disks);
+    for depth in DEPTHS {
+        std::fs::remove_dir_all(work.path(&format!("reads-{depth}")))?;
+    }
+    rates
+}
+
+fn qcow2(work: &Work) -> Result<Vec<f64>, Failure> {
+    let mut exports = Vec::new();
+    for depth in DEPTHS {
+        let image = |number: u32| work.path(&format!("reads-{depth}-{number}.qcow2"));
+        let cluster = format!("cluster_size={CLUSTER_KIB}k");
+        let create = ["create", "-q", "-f", "qcow2", "-o", &cluster];
+        run(Command::new("qemu-img").args(create).arg(image(1)).arg(SIZE))?;
+        fill(Export::new(work, &image(1), "qcow2")?.device())?;
+        for delta in 1..depth {
+            run(Command::new("qemu-img")
+                .args(create)
+                .args(["-F", "qcow2", "-b"])
+                .arg(image(delta))
+                .arg(image(delta + 1)))?;
+            let mut write = Command::new("qemu-io");
+            write.args(["-f", "qcow2"]);
+            for place in places(delta) {
+                write.arg("-c").arg(format!("write -q {place} {CLUSTER_KIB}k"));
+            }
+            run(write.arg(image(delta + 1)))?;
+        }
+        exports.push(Export::new(work, &image(depth), "qcow2")?);
+    }
+    let devices: Vec<_> = exports.iter().map(Export::device).collect();
+    rates(&devices)
+}
+
+/// Measures and reports.
+pub fn bench(reporter: &Reporter) -> Result<(), Failure> {
+    if !have("fio") {
+        eprintln!("SKIP: fio is not installed");
+        return Ok(());
+    }
+    let work = Work::new()?;
+    work.need_bytes(8 << 30)?;
+    let last = DEPTHS.len() - 1;
+    let own = ours(&work)?;
+    reporter.figure(
+        "chain_reads",
+        json!({
+            "who": "ploop", "depths": DEPTHS, "cluster_kib": CLUSTER_KIB, "mib_per_second": own,
+            "depth_100_to_1": own[last] / own[0], "wanted_min": 0.9,
+        }),
+    );
+    if have("qemu-storage-daemon") {
+        let peer = qcow2(&work)?;
+        reporter.figure(
+            "chain_reads",
+            json!({
+                "who": "qcow2", "depths": DEPTHS, "cluster_kib": CLUSTER_KIB, "mib_per_second": peer,
+                "depth_100_to_1": peer[last] / peer[0], "ratio_at_100": own[last] / peer[last],
+            }),
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{DELTA_CLUSTERS, DEPTHS, places};
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn deltas_hold_different_clusters_of_the_disk() {
+        let all: BTreeSet<u64> = (1..DEPTHS[2]).flat_map(places).collect();
+        assert_eq!(all.len() as u64, u64::from(DEPTHS[2] - 1) * DELTA_CLUSTERS);
+        assert!(all.iter().all(|place| place % (64 << 10) == 0 && *place < 1 << 30));
+    }
+}
