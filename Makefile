@@ -4,7 +4,7 @@
 #   make demo     moves a mounted, written-to disk through a pipe and proves the copy (under a minute, needs root)
 #   make test     formatting, lints and every test
 #   make check    formatting and lints alone
-#   make crash    the crash simulator alone, with more states than `make test` takes
+#   make crash    the crash simulator alone, with more states than `make test` takes; the counts are printed
 #   make chaos    copies under fire: cut, flipped, stalled and killed
 #   make fuzz     every fuzzer for a while
 #   make bench    the figures of docs/benchmarks.md, measured here against other programs
@@ -13,7 +13,7 @@
 
 CARGO ?= cargo
 # What tests and the demo run besides ploop itself: package names of Debian 12.
-TEST_PACKAGES := e2fsprogs xfsprogs fio qemu-utils zstd util-linux
+TEST_PACKAGES := e2fsprogs xfsprogs fio gdisk qemu-utils zstd util-linux
 BENCH_PACKAGES := rsync libnbd-bin qemu-system-common nbdkit
 export CARGO_TERM_COLOR ?= auto
 
@@ -24,8 +24,10 @@ demo: packages
 	@./target/release/examples/demo
 
 test: packages check
+	@rm -rf target/tmp/counts
 	$(CARGO) test --workspace --quiet
 	$(MAKE) --no-print-directory loom
+	@cat target/tmp/counts/*.txt
 
 check:
 	$(CARGO) fmt --all --check
@@ -36,12 +38,14 @@ loom:
 	RUSTFLAGS="--cfg loom" $(CARGO) test --quiet --release --package ploop-core --target-dir target/loom --lib loom
 
 crash:
-	PLOOP_CRASH_STATES=1000000 $(CARGO) test --release --package ploop-core --test crash -- --nocapture
+	PLOOP_CRASH_STATES=4000000 PLOOP_CRASH_OPS_STATES=10000 PLOOP_HISTORIES=3000 \
+	  $(CARGO) test --release --package ploop-core --test crash --test crash_ops -- --nocapture
 
 chaos: packages
 	PLOOP_CHAOS_TRIALS=200 $(CARGO) test --release --package pcopy --test faults --test kill -- --nocapture
 
 fuzz:
+	$(CARGO) run --release --package ploop-fuzz -- canary
 	$(CARGO) run --release --package ploop-fuzz -- smoke 300
 
 bench: packages bench-packages
@@ -52,8 +56,12 @@ docs:
 	$(CARGO) doc --workspace --no-deps
 
 nightly: packages check
-	PLOOP_CRASH_STATES=50000000 PLOOP_CHAOS_TRIALS=10000 PROPTEST_CASES=20000 $(CARGO) test --workspace --release
+	@rm -rf target/tmp/counts
+	PLOOP_CRASH_STATES=50000000 PLOOP_CRASH_OPS_STATES=50000 PLOOP_HISTORIES=50000 PLOOP_MODEL_CASES=2000000 \
+	  ROUNDS=3000 PLOOP_FUZZ_SECONDS=3000 PLOOP_CHAOS_TRIALS=10000 PROPTEST_CASES=20000 \
+	  $(CARGO) test --workspace --release
 	$(MAKE) --no-print-directory loom
+	@cat target/tmp/counts/*.txt
 
 define install_missing
 	@missing=""; for package in $(1); do \
