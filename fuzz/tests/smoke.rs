@@ -15,7 +15,7 @@ fn fuzz(arguments: &[&str]) -> String {
 fn every_fuzzer_runs_and_finds_nothing() {
     let seconds = std::env::var("PLOOP_FUZZ_SECONDS").unwrap_or_else(|_| "45".to_owned());
     let out = fuzz(&["smoke", &seconds]);
-    for name in ["open", "image_ops", "bat_arith", "descriptor", "wire"] {
+    for name in ["open", "image_ops", "bat_arith", "descriptor", "check_repair", "dirty_bitmap", "wire"] {
         let line = out.lines().find(|line| line.starts_with(&format!("{name}: "))).unwrap();
         let executions: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
         assert!(executions > 50, "{line}: too few to mean anything");

@@ -168,11 +168,17 @@ pub(crate) fn size(text: &str) -> Result<ploop_core::units::Sectors, String> {
         }
         _ => (text, ploop_core::units::SECTOR_BYTES),
     };
-    let number = integer(digits)?;
+    let number = integer(digits)
+        .map_err(|error| format!("{error}, then nothing (sectors of 512 bytes) or one of K, M, G, T"))?;
     number
         .checked_mul(unit_bytes)
         .map(ploop_core::units::Sectors::covering)
         .ok_or_else(|| "the size does not fit 64 bits".to_owned())
+}
+
+/// A cluster size as typed, which is a [`size`]; in sectors.
+pub(crate) fn sectors(text: &str) -> Result<u64, String> {
+    size(text).map(|sectors| sectors.0)
 }
 
 /// A whole number: decimal, `0x` hexadecimal, or octal with a leading `0`.
@@ -184,9 +190,7 @@ pub(crate) fn integer(text: &str) -> Result<u64, String> {
     };
     // `from_str_radix` would take a sign.
     if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
-        return Err(
-            "expected a whole number, then nothing (sectors of 512 bytes) or one of K, M, G, T".to_owned()
-        );
+        return Err("expected a whole number".to_owned());
     }
     u64::from_str_radix(digits, radix).map_err(|_| "the number does not fit 64 bits".to_owned())
 }
@@ -195,21 +199,21 @@ pub(crate) fn integer(text: &str) -> Result<u64, String> {
 mod tests {
     use super::*;
 
-    fn sectors(text: &str) -> u64 {
-        size(text).unwrap_or_else(|error| panic!("{text}: {error}")).0
+    fn counted(text: &str) -> u64 {
+        super::sectors(text).unwrap_or_else(|error| panic!("{text}: {error}"))
     }
 
     #[test]
     fn sizes_are_sectors_unless_a_suffix_says_otherwise() {
-        assert_eq!(sectors("2048"), 2048);
-        assert_eq!(sectors("1k"), 2);
-        assert_eq!(sectors("1M"), 2048);
-        assert_eq!(sectors("10G"), 10 << 21);
-        assert_eq!(sectors("16t"), 16 << 31);
-        assert_eq!(sectors("0x10"), 16);
-        assert_eq!(sectors("0x10M"), 16 << 11);
-        assert_eq!(sectors("010"), 8);
-        assert_eq!(sectors("0"), 0);
+        assert_eq!(counted("2048"), 2048);
+        assert_eq!(counted("1k"), 2);
+        assert_eq!(counted("1M"), 2048);
+        assert_eq!(counted("10G"), 10 << 21);
+        assert_eq!(counted("16t"), 16 << 31);
+        assert_eq!(counted("0x10"), 16);
+        assert_eq!(counted("0x10M"), 16 << 11);
+        assert_eq!(counted("010"), 8);
+        assert_eq!(counted("0"), 0);
     }
 
     #[test]

@@ -48,8 +48,18 @@ pub(crate) struct Manner {
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
-    std::fs::canonicalize(path)
-        .map_err(|cause| Error::io(ErrorKind::Open, "find the disk", cause).at_path(path))
+    std::fs::canonicalize(path).map_err(|cause| not_found(path, cause))
+}
+
+/// What a name stands for, or that it stands for nothing.
+pub(crate) fn look_at(path: &Path) -> Result<std::fs::Metadata> {
+    std::fs::metadata(path).map_err(|cause| not_found(path, cause))
+}
+
+fn not_found(path: &Path, cause: std::io::Error) -> Error {
+    Error::io(ErrorKind::Open, "find the disk", cause).at_path(path).advise(
+        "give its DiskDescriptor.xml, the folder that has it, an image, or of a mounted disk the device or mount point",
+    )
 }
 
 /// Whether the path names a descriptor: by its name, as everywhere.

@@ -310,7 +310,7 @@ impl<'a> Meter<'a> {
     fn check(&self) -> Result<()> {
         if self.cancel.is_cancelled() {
             return Err(Error::new(ErrorKind::Cancelled, "the operation was cancelled")
-                .advise("what it has done so far holds; the same command goes on from there"));
+                .advise("nothing is left half done: the same command goes on, or begins again"));
         }
         Ok(())
     }

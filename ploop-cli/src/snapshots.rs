@@ -29,6 +29,7 @@ impl Target {
             None => match runtime.find(name)?.and_then(|state| state.open.descriptor) {
                 Some(descriptor) => descriptor,
                 None => {
+                    open::look_at(name)?;
                     return Err(Error::new(
                         ErrorKind::Parameter,
                         "only a disk with a descriptor has snapshots",

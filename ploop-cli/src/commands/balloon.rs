@@ -152,8 +152,7 @@ fn show(named: &Named, is_status: bool, output: &Output) -> Outcome {
         .ok_or_else(|| Error::new(ErrorKind::Parameter, "say which disk"))?;
     // The answer is always the same, but not for something that is no disk.
     if Runtime::of_user()?.find(name)?.is_none() {
-        std::fs::metadata(name)
-            .map_err(|cause| Error::io(ErrorKind::Open, "find the disk", cause).at_path(name))?;
+        open::look_at(name)?;
     }
     output.report(&Held { balloon_bytes: 0, is_status })
 }
@@ -179,6 +178,7 @@ fn discard(wanted: &Discard, output: &Output) -> Result<Compacted> {
     if Runtime::of_user()?.find(&wanted.disk)?.is_some() {
         return compact::carry_out(&wishes, &job, output);
     }
+    open::look_at(&wanted.disk)?;
     if !wanted.automount {
         return Err(Error::new(ErrorKind::NotMounted, "the disk is not mounted")
             .at_path(&wanted.disk)

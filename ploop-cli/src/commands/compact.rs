@@ -131,8 +131,7 @@ pub(crate) fn carry_out(wishes: &Wishes<'_>, job: &Job, output: &Output) -> Resu
     if let Some(state) = runtime.find(wishes.disk)? {
         return compact_served(wishes, free_bytes, &runtime.entry(&state.id), &state, job, output);
     }
-    let kind = std::fs::metadata(wishes.disk)
-        .map_err(|cause| Error::io(ErrorKind::Open, "find the disk", cause).at_path(wishes.disk))?;
+    let kind = open::look_at(wishes.disk)?;
     if kind.file_type().is_block_device() || (kind.is_dir() && !wishes.disk.join(DESCRIPTOR_NAME).exists()) {
         return Err(not_mounted(wishes.disk));
     }

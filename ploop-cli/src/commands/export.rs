@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
     base: BaseFormat,
 
     /// Cluster size for a raw base without descriptor, in sectors
-    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", value_parser = args::integer)]
+    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", value_parser = args::sectors)]
     cluster_sectors: Option<u64>,
 
     /// Go through no more than this much data in a second: sectors, or with K, M, G or T

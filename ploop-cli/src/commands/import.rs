@@ -51,7 +51,7 @@ pub(crate) struct Arguments {
     version: ImageVersion,
 
     /// Cluster size in sectors: a power of two from 64 (32 KiB) to 131072 (64 MiB)
-    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", default_value = "2048", value_parser = args::integer)]
+    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", default_value = "2048", value_parser = args::sectors)]
     cluster_sectors: u64,
 
     /// Go through no more than this much data in a second: sectors, or with K, M, G or T

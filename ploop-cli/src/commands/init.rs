@@ -51,7 +51,7 @@ pub(crate) struct Arguments {
     file_system: FileSystem,
 
     /// Cluster size in sectors: a power of two from 64 (32 KiB) to 131072 (64 MiB)
-    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", default_value = "2048", value_parser = args::integer)]
+    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", default_value = "2048", value_parser = args::sectors)]
     cluster_sectors: u64,
 
     /// Block size of the file system in bytes

@@ -120,8 +120,7 @@ fn look(arguments: &Arguments, shown: &mut Shown<'_>) -> Result<()> {
         answer?;
         return shown.end();
     }
-    let kind = std::fs::metadata(&arguments.disk)
-        .map_err(|cause| Error::io(ErrorKind::Open, "find the disk", cause).at_path(&arguments.disk))?;
+    let kind = open::look_at(&arguments.disk)?;
     if kind.file_type().is_block_device() || (kind.is_dir() && !arguments.disk.join(DESCRIPTOR_NAME).exists())
     {
         return Err(not_mounted(&arguments.disk));

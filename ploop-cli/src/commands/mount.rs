@@ -43,7 +43,7 @@ pub(crate) struct Arguments {
     format: BaseFormat,
 
     /// Cluster size for a raw base, in sectors
-    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", value_parser = args::integer)]
+    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", value_parser = args::sectors)]
     cluster_sectors: Option<u64>,
 
     /// The loop device to use instead of a free one

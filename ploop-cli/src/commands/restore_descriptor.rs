@@ -27,7 +27,7 @@ pub(crate) struct Arguments {
     format: BaseFormat,
 
     /// Cluster size of a raw disk in sectors; by default the largest from 2048 (1 MiB) to 64 (32 KiB) that divides it
-    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", value_parser = args::integer)]
+    #[arg(short = 'b', long = "blocksize", value_name = "SECTORS", value_parser = args::sectors)]
     cluster_sectors: Option<u64>,
 
     /// The folder of the disk

@@ -63,6 +63,29 @@ fn missing_and_foreign_files() {
     let foreign = folder.path().join("foreign.hds");
     fs::write(&foreign, vec![0x5a; 1 << 20]).unwrap();
     ploop(&["copy", "-s", text(&missing)]).failed_with(4, &["missing.hds"]);
+    let (name, guid) = (text(&missing), "{5fbaabe3-6958-40ff-92a7-860e329aab42}");
+    let other = folder.path().join("other");
+    for line in [
+        &["check", name][..],
+        &["map", name],
+        &["compact", name],
+        &["balloon", "discard", name],
+        &["resize", "-s", "1G", name],
+        &["grow", "-s", "1G", name],
+        &["convert", "-v", "1", name],
+        &["export", name, text(&other)],
+        &["clone", name, text(&other)],
+        &["snapshot", name],
+        &["tsnapshot", "-c", "backup", name],
+        &["snapshot-list", name],
+        &["snapshot-delete", "-u", guid, name],
+        &["snapshot-merge", name],
+        &["snapshot-switch", "-u", guid, name],
+        &["diff", "-u", guid, name],
+    ] {
+        ploop(line).failed_with(4, &["missing.hds", "No such file", "advice"]);
+        assert!(!other.exists(), "{line:?} made something");
+    }
     let ran = ploop(&["copy", "-s", text(&foreign)]);
     assert!([11, 38, 39].contains(&ran.code), "{}: {}", ran.code, ran.stderr);
     assert!(ran.stderr.contains("foreign.hds") && ran.stdout.is_empty());

@@ -136,7 +136,13 @@ fn read_document(folder: &dyn Folder) -> Result<Vec<u8>> {
     let failed = |error: io::Error| {
         let kind =
             if error.kind() == io::ErrorKind::NotFound { ErrorKind::Descriptor } else { ErrorKind::Read };
-        Error::io(kind, "read descriptor", error)
+        let error = Error::io(kind, "read descriptor", error);
+        match kind {
+            ErrorKind::Descriptor => error.advise(
+                "check the path; `ploop restore-descriptor` makes one anew for an image without snapshots",
+            ),
+            _ => error,
+        }
     };
     let storage = folder.open(DESCRIPTOR_NAME, Access::ReadOnly).map_err(failed)?;
     let len = storage.len().map_err(failed)?;

@@ -1,3 +1,5 @@
+//! Compacting closed and running disks: what moves, what is freed, and that the guest sees the same.
+
 use std::sync::Mutex;
 
 use super::*;
