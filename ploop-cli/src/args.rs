@@ -169,7 +169,7 @@ pub(crate) fn size(text: &str) -> Result<ploop_core::units::Sectors, String> {
         _ => (text, ploop_core::units::SECTOR_BYTES),
     };
     let number = integer(digits)
-        .map_err(|error| format!("{error}, then nothing (sectors of 512 bytes) or one of K, M, G, T"))?;
+        .map_err(|error| format!("{error}: sectors of 512 bytes, or with one of K, M, G, T"))?;
     number
         .checked_mul(unit_bytes)
         .map(ploop_core::units::Sectors::covering)
