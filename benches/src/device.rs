@@ -140,7 +140,8 @@ impl Daemon {
                 image.display()
             ))
             .arg("--blockdev")
-            .arg(format!("driver={format},node-name=disk,file=file"))
+            // For the images below it as well.
+            .arg(format!("driver={format},node-name=disk,file=file,cache.direct=on"))
             .arg("--export")
             .arg(format!("type=fuse,id=export,node-name=disk,mountpoint={},writable=on", file.display()))
             .stdout(Stdio::null())

@@ -5,14 +5,17 @@
 
 use crate::device::{Export, fill, fio_json};
 use crate::report::{Reporter, median};
-use crate::work::{Failure, Mounted, Work, have, run};
+use crate::work::{Failure, Mounted, Work, have, rounds, run};
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 const SIZE: &str = "1G";
 const WRITES: u32 = 4096;
-const ROUNDS: usize = 3;
+const ROUNDS_MAX: usize = 3;
+/// For one disk: no round is begun after it.
+const MEASURING_MAX: Duration = Duration::from_secs(10);
 
 /// Writes per second, the last flush included.
 fn scatter(device: &str) -> Result<f64, Failure> {
@@ -31,18 +34,19 @@ fn scatter(device: &str) -> Result<f64, Failure> {
     Ok(total / job_ms.max(1.0) * 1e3)
 }
 
-fn ours(work: &Work, cluster_kib: u32) -> Result<f64, Failure> {
+/// Median of the rates, and of how many rounds.
+fn ours(work: &Work, cluster_kib: u32) -> Result<(f64, usize), Failure> {
     let disk = Mounted::bare_in_clusters(work, &format!("scatter-{cluster_kib}"), SIZE, cluster_kib)?;
     fill(&disk.device)?;
     let mut rates = Vec::new();
-    for _ in 0..ROUNDS {
+    for _ in rounds(ROUNDS_MAX, MEASURING_MAX) {
         disk.snapshot()?;
         rates.push(scatter(&disk.device)?);
     }
     let folder = disk.folder().to_path_buf();
     drop(disk);
     std::fs::remove_dir_all(folder)?;
-    Ok(median(&rates))
+    Ok((median(&rates), rates.len()))
 }
 
 fn qcow2(work: &Work, cluster_kib: u32) -> Result<f64, Failure> {
@@ -52,7 +56,7 @@ fn qcow2(work: &Work, cluster_kib: u32) -> Result<f64, Failure> {
     run(Command::new("qemu-img").args(create).arg(image(0)).arg(SIZE))?;
     fill(Export::new(work, &image(0), "qcow2")?.device())?;
     let mut rates = Vec::new();
-    for round in 0..ROUNDS {
+    for round in rounds(ROUNDS_MAX, MEASURING_MAX) {
         run(Command::new("qemu-img")
             .args(create)
             .args(["-F", "qcow2", "-b"])
@@ -60,7 +64,7 @@ fn qcow2(work: &Work, cluster_kib: u32) -> Result<f64, Failure> {
             .arg(image(round + 1)))?;
         rates.push(scatter(Export::new(work, &image(round + 1), "qcow2")?.device())?);
     }
-    for number in 0..=ROUNDS {
+    for number in 0..=rates.len() {
         std::fs::remove_file(image(number))?;
     }
     Ok(median(&rates))
@@ -76,12 +80,12 @@ pub fn bench(reporter: &Reporter) -> Result<(), Failure> {
     work.need_bytes(6 << 30)?;
     let has_peer = have("qemu-storage-daemon");
     for cluster_kib in [64, 256, 1024] {
-        let own = ours(&work, cluster_kib)?;
+        let (own, rounds_made) = ours(&work, cluster_kib)?;
         let peer = if has_peer && cluster_kib != 256 { Some(qcow2(&work, cluster_kib)?) } else { None };
         reporter.figure(
             "scattered_writes",
             json!({
-                "cluster_kib": cluster_kib, "writes": WRITES, "rounds": ROUNDS, "writes_per_second": own,
+                "cluster_kib": cluster_kib, "writes": WRITES, "rounds": rounds_made, "writes_per_second": own,
                 "qcow2_writes_per_second": peer, "ratio": peer.map(|peer| own / peer),
             }),
         );

@@ -152,6 +152,12 @@ impl Measured {
     }
 }
 
+/// The numbers of at most so many rounds; none but the first is begun after `time`, so that a bench ends on a busy host, too.
+pub fn rounds(rounds_max: usize, time: Duration) -> impl Iterator<Item = usize> {
+    let begun = Instant::now();
+    (0..rounds_max).take_while(move |round| *round == 0 || begun.elapsed() < time)
+}
+
 /// Empties the page cache, so that every contestant reads from the disk.
 pub fn drop_caches() {
     // Without root the caches stay warm, for all contestants alike.
@@ -256,4 +262,17 @@ fn copy_tree(source: &Path, target: &Path, bytes_max: u64) -> Result<u64, Failur
         }
     }
     Ok(copied)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rounds;
+    use std::time::Duration;
+
+    #[test]
+    fn there_is_a_first_round_however_late() {
+        assert_eq!(rounds(3, Duration::ZERO).collect::<Vec<_>>(), [0]);
+        assert_eq!(rounds(3, Duration::MAX).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(rounds(0, Duration::MAX).count(), 0);
+    }
 }

@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use crate::stats::PassStats;
+use crate::stats::{PassKind, PassStats};
 
 /// Bytes per second that are assumed as long as nothing has been measured.
 pub const RATE_ASSUMED: f64 = 100e6;
@@ -98,10 +98,12 @@ pub fn predict_freeze_ms(history: &[PassStats], dirty_bytes: u64) -> u64 {
     milliseconds
 }
 
-/// What to do after the passes in `history`, oldest first.
+/// What to do after the passes in `history`, oldest first. Those over frozen deltas tell the rate and nothing else.
 pub fn decide(history: &[PassStats], options: &ConvergenceOptions) -> Decision {
+    let deltas = history.iter().take_while(|pass| pass.kind == PassKind::Delta).count();
+    let (all, history) = (history, history.get(deltas..).unwrap_or_default());
     let Some(last) = history.last() else { return Decision::NextPass };
-    let predicted = predict_freeze_ms(history, last.dirty_bytes);
+    let predicted = predict_freeze_ms(all, last.dirty_bytes);
     let limit = options.freeze_ms_max.unwrap_or(u64::MAX);
     if last.dirty_bytes == 0 || predicted <= options.freeze_ms_wanted.min(limit) {
         return Decision::Freeze;
@@ -128,7 +130,6 @@ fn stalled_passes(history: &[PassStats]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stats::PassKind;
 
     fn pass(wire_bytes: u64, seconds: f64, dirty_bytes: u64) -> PassStats {
         PassStats {
@@ -183,6 +184,18 @@ mod tests {
         assert_eq!(decide(&history, &limited), Decision::GiveUp(Reason::NotShrinking));
         let enough = ConvergenceOptions { freeze_ms_max: Some(1100), ..Default::default() };
         assert_eq!(decide(&history, &enough), Decision::Freeze);
+    }
+
+    #[test]
+    fn passes_over_frozen_deltas_tell_the_rate_and_nothing_else() {
+        let delta = PassStats { kind: PassKind::Delta, ..pass(100 * MIB, 10.0, 0) };
+        assert_eq!(decide(&[delta], &ConvergenceOptions::default()), Decision::NextPass);
+        // The first pass itself was too small to tell.
+        let history = [delta, delta, pass(10, 0.1, 10 * MIB)];
+        assert_eq!(predict_freeze_ms(&history, 10 * MIB), 1000);
+        // Neither are they stalled passes, nor do they use up their number.
+        let options = ConvergenceOptions { passes_max: 2, stalled_max: 1, ..Default::default() };
+        assert_eq!(decide(&history, &options), Decision::NextPass);
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub(crate) struct Course<'a> {
     pub(crate) exchange: Arc<Exchange>,
     /// Raised, it ends every wait in a pipe.
     pub(crate) stop: Cancel,
-    /// Passes that have ended.
+    /// Passes that have ended, those over frozen deltas first.
     pub(crate) history: Vec<PassStats>,
     /// All that was sent.
     pub(crate) total: Counts,
@@ -156,8 +156,8 @@ impl<'a> Course<'a> {
         Err(Error::new(ErrorKind::NotQuiet, "something of the disk was left unsent"))
     }
 
-    /// The figures of a copy that has succeeded.
-    pub(crate) fn report(self, committed: bool, transcript: String) -> SendReport {
+    /// The figures of a copy that has succeeded, of so many deltas.
+    pub(crate) fn report(self, committed: bool, transcript: String, deltas: u32) -> SendReport {
         SendReport {
             copy_id: hexadecimal(&self.options.copy_id),
             disk_bytes: self.source.size_bytes(),
@@ -166,6 +166,7 @@ impl<'a> Course<'a> {
             data_bytes: self.total.data_bytes,
             transcript,
             passes: self.history,
+            deltas,
             downtime: self.downtime,
             seconds: self.begun.elapsed().as_secs_f64(),
         }

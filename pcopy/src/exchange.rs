@@ -29,8 +29,8 @@ struct State {
     /// Whether a receiver answers.
     two_way: bool,
     told: Told,
-    /// Bytes that may be outstanding; `None` before the receiver said so.
-    window_bytes: Option<u64>,
+    /// Bytes that may be outstanding, and the version of the stream that was answered; `None` before the receiver said so.
+    window: Option<HelloAck>,
     credited_bytes: u64,
     durable_pass: u32,
     verdict: Option<Digest>,
@@ -134,8 +134,8 @@ impl Exchange {
         }
     }
 
-    pub(crate) fn wait_window(&self) -> Result<u64> {
-        self.wait_for(|state| state.window_bytes)
+    pub(crate) fn wait_window(&self) -> Result<HelloAck> {
+        self.wait_for(|state| state.window)
     }
 
     pub(crate) fn wait_durable(&self, pass: u32) -> Result<()> {
@@ -195,7 +195,7 @@ impl Exchange {
             // The `Hello` opens the window, so it needs none.
             let free = !state.two_way
                 || kind == Kind::Hello
-                || state.window_bytes.is_some_and(|window| outstanding <= window);
+                || state.window.is_some_and(|window| outstanding <= window.window_bytes);
             if free {
                 state.told.bytes = state.told.bytes.saturating_add(bytes);
                 return Grant::Send;
@@ -269,7 +269,7 @@ impl Answers {
     ) -> std::result::Result<(), WireError> {
         exchange.change(|state| {
             match kind {
-                Kind::HelloAck => state.window_bytes = Some(HelloAck::decode(payload)?.window_bytes),
+                Kind::HelloAck => state.window = Some(HelloAck::decode(payload)?),
                 Kind::Credit => {
                     let credited = wire::decode_credit(payload)?;
                     self.rules.credit(credited, &state.told)?;

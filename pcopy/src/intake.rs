@@ -16,7 +16,8 @@ use crate::exchange::{frame_error, peer_error};
 use crate::pass;
 use crate::transport::Cancel;
 use crate::wire::{
-    Abort, Digest, EndPass, FrameReader, Header, Hello, Kind, Seal, StreamRules, Transcript, WireError,
+    Abort, Delta, Digest, EndDelta, EndPass, FrameReader, Header, Hello, Kind, Seal, StreamRules, Transcript,
+    WireError,
 };
 
 /// Frames between two threads.
@@ -27,6 +28,10 @@ pub(crate) enum Arrived {
     Data(Header, IoBuf),
     Zero(Header),
     EndPass(EndPass),
+    /// A delta begins.
+    Delta(Delta),
+    /// A frozen delta is whole: the sender's digest of it equals ours.
+    EndDelta(EndDelta),
     /// The transcript of the sender equals ours: this one.
     Seal(Digest),
     Commit,
@@ -35,7 +40,25 @@ pub(crate) enum Arrived {
 enum ReadFrame {
     Data(Header, IoBuf),
     Other(Header, Arrived),
+    EndDelta(Header, EndDelta),
     Seal(Header, Seal),
+}
+
+/// The digests of what came: of the stream, and of its present delta from the frame that names it.
+#[derive(Default)]
+struct Transcripts {
+    stream: Transcript,
+    delta: Transcript,
+}
+
+impl Transcripts {
+    fn fold(&mut self, header: &Header) {
+        if header.kind == Kind::Delta {
+            self.delta = Transcript::default();
+        }
+        self.stream.fold(header);
+        self.delta.fold(header);
+    }
 }
 
 /// Both threads, seen from the receiver.
@@ -116,6 +139,16 @@ impl<R: Read> Admission<R> {
                     self.rules.end_pass(&end).map_err(wrong)?;
                     ReadFrame::Other(header, Arrived::EndPass(end))
                 }
+                Kind::Delta => {
+                    let delta = Delta::decode(&payload).map_err(wrong)?;
+                    self.rules.delta(&delta).map_err(wrong)?;
+                    ReadFrame::Other(header, Arrived::Delta(delta))
+                }
+                Kind::EndDelta => {
+                    let end = EndDelta::decode(&payload).map_err(wrong)?;
+                    self.rules.end_delta(&end).map_err(wrong)?;
+                    ReadFrame::EndDelta(header, end)
+                }
                 Kind::Seal => {
                     let seal = Seal::decode(&payload).map_err(wrong)?;
                     self.rules.check_seal(&seal).map_err(wrong)?;
@@ -139,14 +172,14 @@ impl Intake {
         let (read_queue, read) = mpsc::sync_channel(QUEUE_FRAMES);
         let (arrived_queue, arrived) = mpsc::sync_channel(QUEUE_FRAMES);
         let two_way = hello.1.two_way;
-        let mut transcript = Transcript::default();
-        transcript.fold(hello.0);
+        let mut transcripts = Transcripts::default();
+        transcripts.fold(hello.0);
         let mut intake = Self { arrived: Some(arrived), threads: Vec::new(), stop };
         intake.threads.push(pass::spawn("pcopy-read", move || {
             read_frames(&mut admission, two_way, &pool, &read_queue);
         })?);
         intake.threads.push(pass::spawn("pcopy-digest", move || {
-            check_frames(&read, &mut transcript, &arrived_queue);
+            check_frames(&read, &mut transcripts, &arrived_queue);
         })?);
         Ok(intake)
     }
@@ -212,11 +245,11 @@ fn read_frames<R: Read>(
 
 fn check_frames(
     read: &Receiver<Result<ReadFrame>>,
-    transcript: &mut Transcript,
+    transcripts: &mut Transcripts,
     queue: &SyncSender<Result<Arrived>>,
 ) {
     while let Ok(next) = read.recv() {
-        let checked = next.and_then(|frame| check(frame, transcript));
+        let checked = next.and_then(|frame| check(frame, transcripts));
         let is_end = checked.is_err();
         if queue.send(checked).is_err() || is_end {
             return;
@@ -224,22 +257,31 @@ fn check_frames(
     }
 }
 
-fn check(frame: ReadFrame, transcript: &mut Transcript) -> Result<Arrived> {
+fn check(frame: ReadFrame, transcripts: &mut Transcripts) -> Result<Arrived> {
     match frame {
         ReadFrame::Data(header, buffer) => {
             header.check(buffer.as_slice()).map_err(|error| {
                 wrong(error).advise("the connection changes data: use another, and start the copy again")
             })?;
-            transcript.fold(&header);
+            transcripts.fold(&header);
             Ok(Arrived::Data(header, buffer))
         }
         ReadFrame::Other(header, arrived) => {
-            transcript.fold(&header);
+            transcripts.fold(&header);
             Ok(arrived)
         }
+        ReadFrame::EndDelta(header, end) => {
+            let ours = transcripts.delta.digest();
+            transcripts.fold(&header);
+            if ours == end.transcript {
+                Ok(Arrived::EndDelta(end))
+            } else {
+                Err(wrong(WireError::Field("transcript of a delta")))
+            }
+        }
         ReadFrame::Seal(header, seal) => {
-            let ours = transcript.digest();
-            transcript.fold(&header);
+            let ours = transcripts.stream.digest();
+            transcripts.fold(&header);
             if ours == seal.transcript {
                 Ok(Arrived::Seal(ours))
             } else {

@@ -53,6 +53,7 @@ pub(crate) fn receive(
                 copy_id: String::new(),
                 disk_bytes: totals.file_bytes,
                 passes: 1,
+                deltas: 0,
                 data_bytes: totals.data_bytes,
                 zero_bytes: 0,
                 verified_bytes: 0,

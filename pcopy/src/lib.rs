@@ -11,7 +11,8 @@
 //! ```
 //!
 //! * [`wire`]: the frames and what may come when. [`transport`]: bytes with a time-out.
-//! * [`source`], [`target`]: what is copied and into what; the only files that know images and disks.
+//! * [`source`], [`target`]: what is copied and into what; the only files that know images and disks. [`source_chain`]
+//!   and `target_chain`: the same for a disk with all its snapshots, which [`send_chain`] sends delta by delta.
 //! * [`converge`]: when to freeze. [`freeze`]: making writers stand still, and going on whatever happens.
 //! * `sender` and `original`: the two streams that can be sent; `standstill`: the freeze of both.
 //! * [`legacy`]: the original's one-way stream. [`memory`]: both ends without files.
@@ -30,12 +31,16 @@ mod loans;
 pub mod memory;
 mod original;
 mod pass;
+
 mod receiver;
 mod sender;
 pub mod source;
+pub mod source_chain;
 mod standstill;
 pub mod stats;
 pub mod target;
+mod target_chain;
+mod target_placing;
 mod target_synthesis;
 pub mod transport;
 mod verify;
@@ -44,8 +49,8 @@ pub mod wire;
 pub use freeze::{LocalQuiesce, NothingToQuiesce, Quiesce, QuiesceOptions, guardian_main};
 pub use original::send_original;
 pub use receiver::{ReceiveOptions, receive};
-pub use sender::{SendOptions, send};
-pub use source::Source;
+pub use sender::{SendOptions, send, send_chain};
+pub use source::{Snapshots, Source};
 pub use stats::{Event, Observer, ReceiveReport, SendReport, Silent};
 pub use target::{Destination, Target};
 pub use transport::{Cancel, Link, Peer};

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use pcopy::source::DiskSource;
+use pcopy::source_chain::BundleSnapshots;
 use pcopy::target::{ImageDestination, ImageOptions};
 use pcopy::wire::ImageKind;
 use pcopy::{Link, NothingToQuiesce, Peer, ReceiveOptions, SendOptions, Silent};
@@ -35,6 +36,9 @@ enum Command {
         /// The file or block device is the bytes of the disk, without header
         #[arg(long)]
         raw: bool,
+        /// Send all snapshots of the disk, delta by delta
+        #[arg(long, conflicts_with = "raw")]
+        chain: bool,
         /// Give up when the other side is silent for so long
         #[arg(long, value_name = "SECONDS", default_value_t = 120)]
         stall_timeout: u64,
@@ -109,8 +113,13 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Send { disk, to, raw, stall_timeout, freeze_stall_timeout } => {
-            let mut source = DiskSource::open_closed(&disk, raw.then_some(RAW_CLUSTER))?;
+        Command::Send { disk, to, raw, chain, stall_timeout, freeze_stall_timeout } => {
+            let (mut source, mut snapshots) = if chain {
+                let (snapshots, source) = BundleSnapshots::open_closed(&disk)?;
+                (source, Some(snapshots))
+            } else {
+                (DiskSource::open_closed(&disk, raw.then_some(RAW_CLUSTER))?, None)
+            };
             let options = SendOptions {
                 stall_timeout: seconds(stall_timeout)?,
                 freeze_stall_timeout: seconds(freeze_stall_timeout)?,
@@ -123,7 +132,13 @@ fn run(command: Command) -> Result<ExitCode> {
                 }
                 None => (Link::standard_output()?, None),
             };
-            let report = pcopy::send(&mut source, &mut NothingToQuiesce, link, &options, &Silent)?;
+            let quiesce = &mut NothingToQuiesce;
+            let report = match &mut snapshots {
+                Some(snapshots) => {
+                    pcopy::send_chain(snapshots, &mut source, quiesce, link, &options, &Silent)?
+                }
+                None => pcopy::send(&mut source, quiesce, link, &options, &Silent)?,
+            };
             if let Some(peer) = peer {
                 let status = peer.finish()?;
                 if !status.success() {

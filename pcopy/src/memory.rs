@@ -1,6 +1,6 @@
 //! A source and a target in memory, with the rules of real ones: for tests, fuzzing and benchmarks.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,9 +8,9 @@ use ploop_core::io::{IoBuf, buffer::is_zero};
 use ploop_core::tracker::Tracker;
 use ploop_core::{Error, ErrorKind, Extent, Result};
 
-use crate::source::{Gate, Loan, Reader, Source, SourceDescription};
+use crate::source::{DeltaDescription, Gate, Loan, Reader, Snapshots, Source, SourceDescription};
 use crate::target::{Destination, FileTarget, Target};
-use crate::wire::{Hello, ImageKind};
+use crate::wire::{Delta, Hello, ImageKind};
 
 /// Granularity of the map of a disk in memory.
 const MAP_BYTES: u64 = 64 << 10;
@@ -34,6 +34,8 @@ pub struct MemoryDisk {
 
 struct SharedDisk {
     bytes: Mutex<Vec<u8>>,
+    /// What it stands on, if it is one delta.
+    below: Option<Arc<Vec<u8>>>,
     tracker: Mutex<Option<Arc<Tracker>>>,
     /// Whether the gate is closed, and writes under way.
     gate: Mutex<(bool, usize)>,
@@ -46,8 +48,18 @@ struct SharedDisk {
 impl MemoryDisk {
     /// A disk with that content; its length is a multiple of a sector.
     pub fn new(bytes: Vec<u8>) -> Self {
+        Self::with(bytes, None)
+    }
+
+    /// One delta: it shows that content, and holds itself what differs from `below`.
+    pub fn on(below: Vec<u8>, bytes: Vec<u8>) -> Self {
+        Self::with(bytes, Some(Arc::new(below)))
+    }
+
+    fn with(bytes: Vec<u8>, below: Option<Arc<Vec<u8>>>) -> Self {
         let shared = SharedDisk {
             bytes: Mutex::new(bytes),
+            below,
             tracker: Mutex::new(None),
             gate: Mutex::new((false, 0)),
             moved: Condvar::new(),
@@ -118,6 +130,7 @@ impl Source for MemoryDisk {
             cluster_sectors: 64,
             image: ImageKind::Expanded,
             data_bytes: 0,
+            has_parent: self.shared.below.is_some(),
         }
     }
 
@@ -145,8 +158,9 @@ impl Source for MemoryDisk {
     }
 
     fn reader(&self) -> Result<Box<dyn Reader>> {
-        let shared = Arc::clone(&self.shared);
-        Ok(Box::new(MemoryReader::new(Box::new(move |use_bytes| use_bytes(&lock(&shared.bytes))))))
+        let (shared, below) = (Arc::clone(&self.shared), self.shared.below.clone());
+        let reader = MemoryReader::new(Box::new(move |use_bytes| use_bytes(&lock(&shared.bytes))));
+        Ok(Box::new(MemoryReader { below, ..reader }))
     }
 
     fn close_gate(&mut self, timeout: Duration) -> Result<Box<dyn Gate>> {
@@ -172,30 +186,45 @@ type WithBytes = Box<dyn Fn(&mut dyn FnMut(&[u8])) + Send>;
 /// Reads memory at once and hands out the results in another order than asked for.
 struct MemoryReader {
     with_bytes: WithBytes,
+    below: Option<Arc<Vec<u8>>>,
     done: Vec<(u64, IoBuf)>,
     turn: usize,
 }
 
 impl MemoryReader {
     fn new(with_bytes: WithBytes) -> Self {
-        Self { with_bytes, done: Vec::new(), turn: 0 }
+        Self { with_bytes, below: None, done: Vec::new(), turn: 0 }
     }
-}
 
-impl Reader for MemoryReader {
-    fn next_data(&mut self, from: u64) -> Result<Option<Extent>> {
+    /// The first piece of the map from `from` on whose bytes `fit`.
+    fn next_piece(&self, from: u64, fit: impl Fn(&[u8], std::ops::Range<usize>) -> bool) -> Option<Extent> {
         let mut found = None;
         (self.with_bytes)(&mut |bytes| {
             let disk = Extent::between(from, bytes.len() as u64);
             found = disk.pieces(MAP_BYTES).find(|piece| {
                 let len = usize::try_from(piece.len()).unwrap_or(0);
-                range(piece.start(), len)
-                    .ok()
-                    .and_then(|range| bytes.get(range))
-                    .is_some_and(|part| !is_zero(part))
+                let place = range(piece.start(), len).ok();
+                place.is_some_and(|place| {
+                    bytes.get(place.clone()).is_some_and(|part| fit(part, place.clone()))
+                })
             });
         });
-        Ok(found)
+        found
+    }
+}
+
+impl Reader for MemoryReader {
+    fn next_data(&mut self, from: u64) -> Result<Option<Extent>> {
+        Ok(self.next_piece(from, |part, _| !is_zero(part)))
+    }
+
+    fn next_own(&mut self, from: u64) -> Result<Option<Extent>> {
+        let Some(below) = &self.below else { return self.next_data(from) };
+        Ok(self.next_piece(from, |part, place| {
+            // What lies past the end of a smaller disk below is zero there.
+            let differs = |held: &[u8]| held != part;
+            below.get(place).map_or(!is_zero(part), differs)
+        }))
     }
 
     fn submit(&mut self, token: u64, at: u64, mut buffer: IoBuf) -> Result<()> {
@@ -228,6 +257,63 @@ impl Reader for MemoryReader {
     }
 }
 
+/// Frozen states in memory, and the place of the current one among them.
+pub struct MemorySnapshots {
+    deltas: Vec<DeltaDescription>,
+    contents: Vec<Arc<Vec<u8>>>,
+    changed: Arc<AtomicBool>,
+}
+
+impl MemorySnapshots {
+    /// States, each with the index of the one it stands on and its content, base first; then what the current state stands
+    /// on. The GUID of a state is its number, from 1, sixteen times.
+    pub fn new(states: Vec<(Option<u32>, Vec<u8>)>, current: u32) -> Self {
+        let count = u32::try_from(states.len()).unwrap_or(u32::MAX);
+        let parents = states.iter().map(|(parent, _)| *parent).chain([Some(current)]);
+        let describe = |(index, parent): (u32, Option<u32>)| DeltaDescription {
+            guid: [u8::try_from(index % 255).unwrap_or(0) + 1; 16],
+            name: format!("state {index}"),
+            parent,
+            // Listed the other way round.
+            place: count - index,
+            temporary: index != 0 && index != count && index % 2 == 0,
+            data_bytes: 0,
+            modified_seconds: u64::from(index),
+        };
+        Self {
+            deltas: (0..).zip(parents).map(describe).collect(),
+            contents: states.into_iter().map(|(_, content)| Arc::new(content)).collect(),
+            changed: Arc::default(),
+        }
+    }
+
+    /// What makes its [`check`](Snapshots::check) fail.
+    pub fn changed(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.changed)
+    }
+}
+
+impl Snapshots for MemorySnapshots {
+    fn deltas(&self) -> &[DeltaDescription] {
+        &self.deltas
+    }
+
+    fn source(&mut self, index: usize) -> Result<Box<dyn Source>> {
+        let none = || Error::new(ErrorKind::Parameter, "no such state");
+        let content = self.contents.get(index).ok_or_else(none)?.to_vec();
+        let parent = self.deltas.get(index).and_then(|delta| delta.parent);
+        let below = parent.and_then(|parent| self.contents.get(usize::try_from(parent).ok()?).cloned());
+        Ok(Box::new(MemoryDisk::with(content, below)))
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.changed.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::Busy, "the states changed (provoked)"));
+        }
+        Ok(())
+    }
+}
+
 /// What a target in memory has become.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Outcome {
@@ -249,6 +335,10 @@ pub enum Fault {
     WrongWrite(u64),
     /// The sync with that number fails.
     Sync(u64),
+    /// Beginning the delta with that number fails, from 0.
+    BeginDelta(u32),
+    /// Closing the delta with that number fails, from 0.
+    EndDelta(u32),
     /// Putting it in place fails.
     Commit,
 }
@@ -263,6 +353,8 @@ pub struct MemoryDestination {
 #[derive(Default)]
 struct Arrived {
     bytes: Vec<u8>,
+    /// Deltas that were begun, with the content of those that were ended.
+    deltas: Vec<(Delta, Vec<u8>)>,
     outcome: Outcome,
     largest_disk_bytes: u64,
 }
@@ -287,6 +379,16 @@ impl MemoryDestination {
     pub fn content(&self) -> Vec<u8> {
         lock(&self.shared).bytes.clone()
     }
+
+    /// The deltas that have arrived, in the order of the stream, each with the content of its state.
+    pub fn deltas(&self) -> Vec<(Delta, Vec<u8>)> {
+        let arrived = lock(&self.shared);
+        let mut deltas = arrived.deltas.clone();
+        if let Some((_, current)) = deltas.last_mut() {
+            current.clone_from(&arrived.bytes);
+        }
+        deltas
+    }
 }
 
 /// The largest disk that is made in memory.
@@ -301,6 +403,7 @@ impl Destination for MemoryDestination {
         let len = usize::try_from(hello.disk_bytes).ok().filter(|_| hello.disk_bytes <= MEMORY_BYTES_MAX);
         let len = len.ok_or_else(|| Error::new(ErrorKind::Memory, "no memory for a disk of that size"))?;
         arrived.bytes = vec![0; len];
+        arrived.deltas.clear();
         arrived.outcome = Outcome::Incoming;
         arrived.largest_disk_bytes = arrived.largest_disk_bytes.max(hello.disk_bytes);
         Ok(Box::new(MemoryTarget {
@@ -373,6 +476,32 @@ impl Target for MemoryTarget {
     fn reader(&self) -> Result<Box<dyn Reader>> {
         let shared = Arc::clone(&self.shared);
         Ok(Box::new(MemoryReader::new(Box::new(move |use_bytes| use_bytes(&lock(&shared).bytes)))))
+    }
+
+    fn begin_delta(&mut self, delta: &Delta) -> Result<()> {
+        if self.fault == Some(Fault::BeginDelta(delta.index)) {
+            return Err(Error::new(ErrorKind::Create, "create a delta (provoked)"));
+        }
+        let mut arrived = lock(&self.shared);
+        let len = usize::try_from(delta.disk_bytes).ok().filter(|_| delta.disk_bytes <= MEMORY_BYTES_MAX);
+        let len = len.ok_or_else(|| Error::new(ErrorKind::Memory, "no memory for a delta of that size"))?;
+        let parent = delta.parent.and_then(|parent| usize::try_from(parent).ok());
+        arrived.bytes = parent.and_then(|at| arrived.deltas.get(at)).map_or(Vec::new(), |one| one.1.clone());
+        arrived.bytes.resize(len, 0);
+        arrived.deltas.push((delta.clone(), Vec::new()));
+        Ok(())
+    }
+
+    fn end_delta(&mut self) -> Result<()> {
+        let mut arrived = lock(&self.shared);
+        let bytes = arrived.bytes.clone();
+        if let Some((delta, content)) = arrived.deltas.last_mut() {
+            if self.fault == Some(Fault::EndDelta(delta.index)) {
+                return Err(Error::new(ErrorKind::Sync, "close a delta (provoked)"));
+            }
+            *content = bytes;
+        }
+        Ok(())
     }
 
     fn commit(&mut self) -> Result<()> {

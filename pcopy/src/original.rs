@@ -69,7 +69,7 @@ pub fn send_original(
     let sent = sender.phases(&mut standstill).map_err(|error| standstill.release(error));
     sender.loans.clear();
     sender.course.source.stop_tracking();
-    sent.map(|()| sender.course.report(false, String::new()))
+    sent.map(|()| sender.course.report(false, String::new(), 0))
 }
 
 /// A read under way.

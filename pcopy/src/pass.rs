@@ -23,7 +23,7 @@ use ploop_core::{Error, ErrorKind, Extent, Result};
 use crate::exchange::{Exchange, Grant};
 use crate::source::{Loan, Reader, Source};
 use crate::transport::{self, Cancel, Transport};
-use crate::wire::{self, Header, Kind, Seal, Transcript};
+use crate::wire::{self, EndDelta, Header, Kind, Seal, Transcript};
 
 /// The longest payload sent, and the size of every buffer.
 pub(crate) const FRAME_BYTES: u64 = 512 << 10;
@@ -86,6 +86,8 @@ enum Outgoing {
     Data(Extent, IoBuf),
     Zero(Extent),
     Control(Kind, Vec<u8>),
+    /// Everything of a frozen delta: the hashing thread knows its transcript.
+    EndDelta(u32),
     /// Everything so far: the hashing thread knows the transcript.
     Seal(u64),
     Barrier(SyncSender<()>),
@@ -164,6 +166,11 @@ impl Outlet {
         self.push(Outgoing::Control(kind, payload))
     }
 
+    /// Sends the end of the frozen delta with that number.
+    pub(crate) fn end_delta(&self, index: u32) -> Result<()> {
+        self.push(Outgoing::EndDelta(index))
+    }
+
     /// Sends the seal.
     pub(crate) fn seal(&self, disk_bytes: u64) -> Result<()> {
         self.push(Outgoing::Seal(disk_bytes))
@@ -229,6 +236,8 @@ fn hash(outgoing: &Receiver<Outgoing>, hashed: &SyncSender<Hashed>, exchange: &E
     let mut transcript = Transcript::default();
     let mut sequence = 0;
     let mut counts = Counts::default();
+    // Of the present delta, from the frame that names it.
+    let (mut delta, mut delta_sequence, mut before) = (Transcript::default(), 0, Counts::default());
     while let Ok(item) = outgoing.recv() {
         let frame = match item {
             Outgoing::Data(extent, buffer) => {
@@ -239,7 +248,23 @@ fn hash(outgoing: &Receiver<Outgoing>, hashed: &SyncSender<Hashed>, exchange: &E
                 counts.add(0, extent.len());
                 (Kind::Zero, extent, Payload::None)
             }
-            Outgoing::Control(kind, payload) => (kind, Extent::between(0, 0), Payload::Small(payload)),
+            Outgoing::Control(kind, payload) => {
+                if kind == Kind::Delta {
+                    (delta, delta_sequence, before) = (Transcript::default(), sequence, counts);
+                }
+                (kind, Extent::between(0, 0), Payload::Small(payload))
+            }
+            Outgoing::EndDelta(index) => {
+                let sent = counts.since(before);
+                let end = EndDelta {
+                    transcript: delta.digest(),
+                    index,
+                    frames: sequence - delta_sequence,
+                    data_bytes: sent.data_bytes,
+                    zero_bytes: sent.zero_bytes,
+                };
+                (Kind::EndDelta, Extent::between(0, 0), Payload::Small(end.encode()))
+            }
             Outgoing::Seal(disk_bytes) => {
                 let seal = Seal {
                     transcript: transcript.digest(),
@@ -265,6 +290,7 @@ fn hash(outgoing: &Receiver<Outgoing>, hashed: &SyncSender<Hashed>, exchange: &E
         };
         sequence += 1;
         transcript.fold(&header);
+        delta.fold(&header);
         if hashed.send(Hashed::Frame(header, payload)).is_err() {
             return;
         }
@@ -358,7 +384,7 @@ pub(crate) enum Step {
 
 /// The order in which a pass looks at the disk.
 pub(crate) enum Walk {
-    /// Everything that may hold data.
+    /// Everything that the source itself holds.
     First { cursor: u64 },
     /// What the tracker says has changed.
     Dirty { cursor: u64, steps: VecDeque<Step>, loans: Vec<Box<dyn Loan>> },
@@ -397,7 +423,7 @@ impl Walk {
         let is_full = self.is_full();
         match self {
             Self::First { cursor } => {
-                let Some(data) = reader.next_data(*cursor)? else {
+                let Some(data) = reader.next_own(*cursor)? else {
                     *cursor = source.size_bytes();
                     return Ok(None);
                 };

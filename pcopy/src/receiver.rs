@@ -4,6 +4,9 @@
 //! hello · passes (write, zero; end of pass: finish, sync, read back) · seal · verdict · commit · done
 //! ```
 //!
+//! Delta by delta: `Delta` opens the one that follows on top of what it stands on, `EndDelta` closes it for good; the
+//! last is the current state and ends as any copy does.
+//!
 //! Every failure leaves through one place, [`Receiver::unwind`]: the sender is told first, as its writers may stand
 //! still, then what there is of the copy is removed. Nothing gets the final name before the seal was compared and
 //! everything is durable and was read back.
@@ -28,7 +31,7 @@ use crate::stats::{Event, Observer, ReceiveReport, hexadecimal, rate};
 use crate::target::{Destination, Target};
 use crate::transport::{self, Activity, Cancel, Link, Patience, Transport, keepalive_interval};
 use crate::verify::Verifier;
-use crate::wire::{self, Digest, EndPass, Header, Hello, HelloAck, Kind};
+use crate::wire::{self, Delta, Digest, EndDelta, EndPass, Header, Hello, HelloAck, Kind};
 
 /// Memory of the buffers for frames.
 const BUFFERS_BYTES: u32 = 48 << 20;
@@ -119,6 +122,7 @@ pub fn receive(
         target: None,
         intake: None,
         verifier: None,
+        verified_before: 0,
         waiting: Vec::new(),
         credited: 0,
         consumed: header.frame_bytes(),
@@ -128,6 +132,7 @@ pub fn receive(
             copy_id: String::new(),
             disk_bytes: 0,
             passes: 0,
+            deltas: 0,
             data_bytes: 0,
             zero_bytes: 0,
             verified_bytes: 0,
@@ -181,6 +186,8 @@ struct Receiver<'a> {
     target: Option<Box<dyn Target>>,
     intake: Option<Intake>,
     verifier: Option<Verifier>,
+    /// Bytes that verifiers of earlier deltas have read back.
+    verified_before: u64,
     /// Writes under way by token: the index.
     waiting: Vec<Option<Header>>,
     /// Bytes of frames dealt with, and how many of them the sender knows of.
@@ -195,6 +202,8 @@ struct Receiver<'a> {
 /// What the events of a running pass say.
 struct Progress {
     pass: u32,
+    /// Bytes it will deal with, as far as the sender said.
+    expected_bytes: u64,
     pass_begun: Instant,
     data_bytes: u64,
     done_bytes: u64,
@@ -204,7 +213,7 @@ struct Progress {
 impl Progress {
     fn new() -> Self {
         let now = Instant::now();
-        Self { pass: 1, pass_begun: now, data_bytes: 0, done_bytes: 0, next_event: now }
+        Self { pass: 1, expected_bytes: 0, pass_begun: now, data_bytes: 0, done_bytes: 0, next_event: now }
     }
 }
 
@@ -231,12 +240,13 @@ impl Receiver<'_> {
     ) -> Result<()> {
         self.report.copy_id = hexadecimal(&self.hello.copy_id);
         self.report.disk_bytes = self.hello.disk_bytes;
-        let target = self.target.insert(destination.create(&self.hello)?);
+        self.target = Some(destination.create(&self.hello)?);
+        let is_chain = self.hello.deltas > 0;
+        if !is_chain {
+            self.start_verifier()?;
+        }
         let payload_bytes = self.hello.payload_bytes_max.next_multiple_of(4096);
         let payload_bytes_max = usize::try_from(payload_bytes).unwrap_or(usize::MAX);
-        if self.options.read_back {
-            self.verifier = Some(Verifier::start(target.reader()?, payload_bytes_max)?);
-        }
         // A slot per write under way; half of the buffers stay for the threads that read.
         let buffers = (BUFFERS_BYTES / payload_bytes).clamp(4, 256);
         let buffers = usize::try_from(buffers).unwrap_or(4);
@@ -244,14 +254,61 @@ impl Receiver<'_> {
         let pool = BufferPool::new(payload_bytes_max, buffers);
         self.intake = Some(Intake::start(admission, (header, &self.hello), pool, self.stop.clone())?);
         self.window_bytes = self.hello.window_bytes.clamp(wire::WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
-        self.answer(Kind::HelloAck, &HelloAck { window_bytes: self.window_bytes }.encode())?;
+        let protocol_version = self.hello.protocol_version();
+        let window_bytes = self.window_bytes;
+        self.answer(Kind::HelloAck, &HelloAck { window_bytes, protocol_version }.encode())?;
         self.observer.event(&Event::Started {
             copy_id: self.report.copy_id.clone(),
             disk_bytes: self.hello.disk_bytes,
             two_way: self.hello.two_way,
         });
-        self.start_pass();
+        if !is_chain {
+            self.start_pass(self.hello.data_bytes);
+        }
         Ok(())
+    }
+
+    /// Reads back what is written to the target from now on.
+    fn start_verifier(&mut self) -> Result<()> {
+        if self.options.read_back {
+            let payload_bytes = self.hello.payload_bytes_max.next_multiple_of(4096);
+            let reader = self.target()?.reader()?;
+            self.verifier =
+                Some(Verifier::start(reader, usize::try_from(payload_bytes).unwrap_or(usize::MAX))?);
+        }
+        Ok(())
+    }
+
+    fn end_verifier(&mut self) {
+        if let Some(mut verifier) = self.verifier.take() {
+            verifier.end();
+            self.verified_before = self.report.verified_bytes;
+        }
+    }
+
+    /// What follows is the content of that delta.
+    fn begin_delta(&mut self, delta: &Delta) -> Result<()> {
+        self.consumed += wire::HEADER_BYTES as u64 + Delta::BYTES as u64;
+        self.target()?.begin_delta(delta)?;
+        self.start_verifier()?;
+        self.report.deltas = delta.index.saturating_add(1);
+        self.observer.event(&Event::DeltaStarted {
+            delta: self.report.deltas,
+            deltas: self.hello.deltas,
+            guid: hexadecimal(&delta.guid),
+        });
+        self.start_pass(delta.data_bytes);
+        Ok(())
+    }
+
+    /// A frozen delta is whole, synced and read back: nothing is written to it any more.
+    fn end_delta(&mut self, end: &EndDelta) -> Result<()> {
+        self.consumed += wire::HEADER_BYTES as u64 + EndDelta::BYTES as u64;
+        self.end_verifier();
+        self.target()?.end_delta()?;
+        self.observer
+            .event(&Event::DeltaEnded { delta: end.index.saturating_add(1), data_bytes: end.data_bytes });
+        self.credit(false)
     }
 
     /// Applies frames until the last pass has ended.
@@ -279,6 +336,8 @@ impl Receiver<'_> {
                         return Ok(());
                     }
                 }
+                Arrived::Delta(delta) => self.begin_delta(&delta)?,
+                Arrived::EndDelta(end) => self.end_delta(&end)?,
                 // The rules let neither come before the last pass has ended.
                 Arrived::Seal(_) | Arrived::Commit => return Err(unexpected()),
             }
@@ -294,7 +353,7 @@ impl Receiver<'_> {
             self.target()?.sync()?;
         }
         if let Some(verifier) = &self.verifier {
-            self.report.verified_bytes = verifier.barrier()?;
+            self.report.verified_bytes = self.verified_before + verifier.barrier()?;
         }
         self.consumed += wire::HEADER_BYTES as u64 + EndPass::BYTES as u64;
         self.credit(true)?;
@@ -303,8 +362,9 @@ impl Receiver<'_> {
             self.answer(Kind::PassDurable, &pass.to_le_bytes())?;
         }
         self.report.passes = end.pass;
-        if !end.last {
-            self.start_pass();
+        // A frozen delta has one pass; what follows it begins with the frame of the next one.
+        if !end.last && self.report.deltas == self.hello.deltas {
+            self.start_pass(0);
         }
         Ok(())
     }
@@ -335,10 +395,7 @@ impl Receiver<'_> {
 
     /// Puts the copy in place, and says so.
     fn commit(&mut self) -> Result<()> {
-        if let Some(verifier) = &mut self.verifier {
-            verifier.end();
-        }
-        self.verifier = None;
+        self.end_verifier();
         self.target()?.commit()?;
         self.observer.event(&Event::Committed);
         // The copy is there. That the sender may not hear of it changes nothing: it will say that it does not know.
@@ -437,9 +494,8 @@ impl Receiver<'_> {
         })
     }
 
-    fn start_pass(&mut self) {
-        self.progress = Progress { pass: self.report.passes + 1, ..Progress::new() };
-        let expected_bytes = if self.report.passes == 0 { self.hello.data_bytes } else { 0 };
+    fn start_pass(&mut self, expected_bytes: u64) {
+        self.progress = Progress { pass: self.report.passes + 1, expected_bytes, ..Progress::new() };
         self.observer.event(&Event::PassStarted { pass: self.progress.pass, kind: None, expected_bytes });
     }
 
@@ -453,7 +509,7 @@ impl Receiver<'_> {
         self.observer.event(&Event::Progress {
             pass: self.progress.pass,
             done_bytes: self.progress.done_bytes,
-            expected_bytes: if self.report.passes == 0 { self.hello.data_bytes } else { 0 },
+            expected_bytes: self.progress.expected_bytes,
             data_bytes: self.progress.data_bytes,
             bytes_per_second: rate(self.progress.data_bytes, self.progress.pass_begun.elapsed()),
             dirty_bytes: 0,

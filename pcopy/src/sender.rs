@@ -1,9 +1,11 @@
 //! The sending side: its phases as a list. Read it beside `receiver.rs`.
 //!
 //! ```text
-//! hello · start tracking · first pass · live passes · synced passes · freeze · last passes · seal · verdict · thaw
-//! · commit · done
+//! hello · (frozen deltas) · start tracking · first pass · live passes · synced passes · freeze · last passes · seal
+//! · verdict · thaw · commit · done
 //! ```
+//!
+//! Frozen deltas are sent only by [`send_chain`]; see `sender/chain.rs`.
 //!
 //! Every failure leaves through one place, [`Sender::unwind`]: writers go on first, then what is on loan goes back,
 //! tracking ends, and the peer is told. The source keeps running and stays its owner, whatever the outcome.
@@ -21,11 +23,13 @@ use crate::exchange::{Answers, abort_payload, read_answers};
 use crate::freeze::Quiesce;
 use crate::loans::Loans;
 use crate::pass::{self, Counts, Outlet, PassReader, Walk};
-use crate::source::{Reader, Source};
+use crate::source::{Reader, Snapshots, Source};
 use crate::standstill::{Standstill, Sweeper};
 use crate::stats::{Event, Observer, PassKind, SendReport, hexadecimal, milliseconds, rate};
 use crate::transport::{Cancel, Link, Transport, keepalive_interval};
 use crate::wire::{EndPass, Hello, Kind};
+
+mod chain;
 
 /// Passes after a sync of the file system, before the freeze.
 const SYNCED_PASSES_MAX: u32 = 3;
@@ -80,7 +84,31 @@ pub fn send(
     options: &SendOptions,
     observer: &dyn Observer,
 ) -> Result<SendReport> {
-    let mut sender = Sender::connect(source, link, options, observer)?;
+    send_with(None, source, quiesce, link, options, observer)
+}
+
+/// As [`send`], with all the deltas of the disk: first those of `snapshots`, each once, then what `source`, the current
+/// state, holds itself. The receiver keeps the snapshots.
+pub fn send_chain(
+    snapshots: &mut dyn Snapshots,
+    source: &mut dyn Source,
+    quiesce: &mut dyn Quiesce,
+    link: Link,
+    options: &SendOptions,
+    observer: &dyn Observer,
+) -> Result<SendReport> {
+    send_with(Some(snapshots), source, quiesce, link, options, observer)
+}
+
+fn send_with<'a>(
+    snapshots: Option<&'a mut dyn Snapshots>,
+    source: &'a mut dyn Source,
+    quiesce: &'a mut dyn Quiesce,
+    link: Link,
+    options: &'a SendOptions,
+    observer: &'a dyn Observer,
+) -> Result<SendReport> {
+    let mut sender = Sender::connect(snapshots, source, link, options, observer)?;
     // Declared last, dropped first: after a panic, too, writers go on before all else.
     let mut standstill = Standstill::new(quiesce);
     match sender.phases(&mut standstill) {
@@ -91,6 +119,8 @@ pub fn send(
 
 struct Sender<'a> {
     course: Course<'a>,
+    /// The deltas below and beside the current state, if they are sent, too.
+    snapshots: Option<&'a mut dyn Snapshots>,
     two_way: bool,
     outlet: Option<Outlet>,
     answers: Option<JoinHandle<Answers>>,
@@ -104,6 +134,7 @@ struct Sender<'a> {
 
 impl<'a> Sender<'a> {
     fn connect(
+        snapshots: Option<&'a mut dyn Snapshots>,
         source: &'a mut dyn Source,
         link: Link,
         options: &'a SendOptions,
@@ -139,6 +170,7 @@ impl<'a> Sender<'a> {
         };
         Ok(Self {
             course,
+            snapshots,
             two_way,
             outlet: Some(outlet),
             answers,
@@ -152,12 +184,14 @@ impl<'a> Sender<'a> {
 
     fn phases(&mut self, standstill: &mut Standstill<'_>) -> Result<()> {
         self.hello()?;
+        self.frozen_deltas()?;
         self.start_tracking()?;
         self.first_pass()?;
         self.live_passes()?;
         self.synced_passes(standstill)?;
         standstill.freeze(&mut self.course)?;
         standstill.last_passes(self)?;
+        self.check_snapshots()?;
         self.seal()?;
         self.verdict()?;
         // The source keeps its disk. A hand-over would stay frozen here until the commit is answered.
@@ -177,7 +211,8 @@ impl<'a> Sender<'a> {
             copy_id: self.course.options.copy_id,
             window_bytes: WINDOW_BYTES,
             payload_bytes_max: u32::try_from(pass::FRAME_BYTES).unwrap_or(crate::wire::PAYLOAD_BYTES_MAX),
-            data_bytes: source.data_bytes,
+            data_bytes: self.frozen_bytes().saturating_add(source.data_bytes),
+            deltas: self.deltas(),
         };
         // What the receiver would refuse shall fail here, with the source's name.
         Hello::decode(&hello.encode()).map_err(|error| {
@@ -185,8 +220,8 @@ impl<'a> Sender<'a> {
                 .at_path(&source.name)
         })?;
         self.control(Kind::Hello, hello.encode())?;
-        if self.two_way {
-            self.course.exchange.wait_window()?;
+        if self.two_way && self.course.exchange.wait_window()?.protocol_version != hello.protocol_version() {
+            return Err(Error::new(ErrorKind::Protocol, "the receiver answered another stream than this"));
         }
         self.course.tell_started(self.two_way);
         Ok(())
@@ -303,7 +338,8 @@ impl<'a> Sender<'a> {
         }
         self.join_answers();
         let transcript = hexadecimal(&self.course.exchange.wait_transcript()?);
-        Ok(self.course.report(self.committed, transcript))
+        let deltas = self.deltas();
+        Ok(self.course.report(self.committed, transcript, deltas))
     }
 
     /// The one way out of a failure. Nothing here waits for the peer before the writers go on.
@@ -375,6 +411,7 @@ impl<'a> Sender<'a> {
         expected_bytes: u64,
     ) -> Result<(Counts, Walk)> {
         self.course.check()?;
+        let has_parent = self.course.source.description().has_parent;
         let mut walk = if kind == PassKind::First { Walk::first() } else { Walk::dirty(cursor) };
         let (Some(outlet), Some(reader)) = (&self.outlet, &mut self.reader) else {
             return Err(self.course.exchange.failure());
@@ -388,7 +425,8 @@ impl<'a> Sender<'a> {
             &mut **reader,
             outlet,
             &self.pool,
-            kind == PassKind::First,
+            // What stands on another delta says of its zeros that they are none of that delta's.
+            kind == PassKind::First && !has_parent,
         );
         reading.run(&mut walk, |counts, _done, source| {
             cancel.as_ref().map_or(Ok(()), Cancel::check)?;

@@ -10,7 +10,9 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PassKind {
-    /// Everything that holds data.
+    /// All of one frozen delta.
+    Delta,
+    /// Everything that holds data; of a disk that is sent delta by delta, everything that the current state holds.
     First,
     /// What changed meanwhile, the disk being written to.
     Live,
@@ -74,6 +76,22 @@ pub enum Event {
         disk_bytes: u64,
         /// Whether the receiver answers.
         two_way: bool,
+    },
+    /// A delta begins: a frozen one, or, as the last, that of the current state.
+    DeltaStarted {
+        /// Its number, from 1.
+        delta: u32,
+        /// How many there are.
+        deltas: u32,
+        /// The GUID of its state, in hexadecimal digits.
+        guid: String,
+    },
+    /// A frozen delta is complete: sent (senders), or closed and equal (receivers).
+    DeltaEnded {
+        /// Its number, from 1.
+        delta: u32,
+        /// Data bytes in it.
+        data_bytes: u64,
     },
     /// A pass begins.
     PassStarted {
@@ -167,6 +185,8 @@ pub struct SendReport {
     pub committed: bool,
     /// Every pass.
     pub passes: Vec<PassStats>,
+    /// Deltas sent one by one; 0 when the content alone was sent.
+    pub deltas: u32,
     /// The time the writers stood still.
     pub downtime: Downtime,
     /// Bytes written to the pipe.
@@ -188,6 +208,8 @@ pub struct ReceiveReport {
     pub disk_bytes: u64,
     /// Passes received.
     pub passes: u32,
+    /// Deltas received one by one; 0 when the content alone was sent.
+    pub deltas: u32,
     /// Data bytes received.
     pub data_bytes: u64,
     /// Bytes covered by zero frames.

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::fstatvfs;
 use ploop_core::device::{Client, Disk, DiskOptions, Op};
@@ -21,7 +20,9 @@ use ploop_core::{Error, ErrorKind, Extent, Result};
 
 use crate::source::{DiskReader, QUEUE_DEPTH, Reader};
 use crate::stats::hexadecimal;
-use crate::wire::{Hello, ImageKind};
+use crate::target_chain::ChainTarget;
+use crate::target_placing::{self as placing, INCOMING};
+use crate::wire::{Delta, Hello, ImageKind};
 
 /// A copy that is being made. It reads as zeros at first. Used by one thread, its readers by others.
 ///
@@ -39,12 +40,25 @@ pub trait Target: Send {
     fn sync(&mut self) -> Result<()>;
     /// A way to read back what was written, from where it is stored and not from memory.
     fn reader(&self) -> Result<Box<dyn Reader>>;
+    /// Of a copy delta by delta: what is written from now on is the content of that delta, which reads as what it stands on
+    /// until then.
+    fn begin_delta(&mut self, _delta: &Delta) -> Result<()> {
+        Err(takes_no_deltas())
+    }
+    /// The delta is whole and synced: closes it; it is only read from now on. Its readers are gone.
+    fn end_delta(&mut self) -> Result<()> {
+        Err(takes_no_deltas())
+    }
     /// Closes the copy and puts it under its final name, durably. All readers are gone. A failure leaves nothing
     /// under the final name; [`ErrorKind::OutcomeUnknown`](ploop_core::ErrorKind::OutcomeUnknown) when even that is
     /// uncertain.
     fn commit(&mut self) -> Result<()>;
     /// Removes what there is of the copy. Harmless after `commit` or a second time.
     fn discard(&mut self) -> Result<()>;
+}
+
+fn takes_no_deltas() -> Error {
+    Error::new(ErrorKind::Protocol, "a delta came to a copy of the content alone")
 }
 
 /// The file of the original's one-way stream: an image file as it is, written at file offsets.
@@ -69,12 +83,8 @@ pub trait Destination {
 
 /// The cluster size when the source has none that an image can have.
 const CLUSTER_SECTORS_DEFAULT: u32 = 2048;
-/// What stands between the name of a copy and its number as long as it is incoming.
-const INCOMING: &str = ".incoming-";
-/// How long to wait for the lock of a left-over.
-const LEFT_OVER_PATIENCE: Duration = Duration::from_millis(500);
 /// The largest table that a stream may make us keep in memory: 64 TiB in clusters of 1 MiB.
-const TABLE_BYTES_MAX: u64 = 256 << 20;
+pub(crate) const TABLE_BYTES_MAX: u64 = 256 << 20;
 
 /// How the copy shall be stored; as the source where nothing is said.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,10 +111,10 @@ pub struct ImageDestination {
 }
 
 /// A folder and a name in it.
-struct Place {
-    folder: DirectoryFolder,
-    name: String,
-    path: PathBuf,
+pub(crate) struct Place {
+    pub(crate) folder: DirectoryFolder,
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
 }
 
 impl ImageDestination {
@@ -126,6 +136,7 @@ impl ImageDestination {
         let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let folder = DirectoryFolder::open(folder.unwrap_or(Path::new(".")))?;
         let place = Place { folder, name: self.name.clone(), path: self.path.clone() };
+        placing::recover(&place.folder, &place.path, &place.name)?;
         place.must_be_free()?;
         Ok(place)
     }
@@ -180,7 +191,7 @@ impl ImageDestination {
 }
 
 impl Place {
-    fn failed(&self, kind: ErrorKind, operation: &str, error: io::Error) -> Error {
+    pub(crate) fn failed(&self, kind: ErrorKind, operation: &str, error: io::Error) -> Error {
         file::explain(error, kind, operation, &self.path)
     }
 
@@ -196,38 +207,10 @@ impl Place {
 
     /// What failed or killed copies to this name have left. A copy that is still running holds its lock.
     fn remove_left_overs(&self) -> Result<()> {
-        let names =
-            self.folder.list().map_err(|error| self.failed(ErrorKind::Stat, "list the folder", error))?;
-        for name in names {
-            let id = name.strip_prefix(&self.name).and_then(|rest| rest.strip_prefix(INCOMING));
-            let is_ours = id.is_some_and(|id| {
-                id.len() == 32
-                    && id.bytes().all(|digit| digit.is_ascii_digit() || (b'a'..=b'f').contains(&digit))
-            });
-            if !is_ours {
-                continue;
-            }
-            let Ok(storage) = self.folder.open_file(&name, &file::OpenOptions::new(Access::ReadWrite)) else {
-                // Gone meanwhile, or no file: not ours after all.
-                continue;
-            };
-            // The kernel may hold the file of a killed process a little longer than the process.
-            let end = Instant::now() + LEFT_OVER_PATIENCE;
-            loop {
-                match ImageLock::take(&storage, &self.path, Ownership::Writer) {
-                    Ok(_lock) => {
-                        self.unlink(&name)?;
-                        break;
-                    }
-                    Err(_) if Instant::now() >= end => break,
-                    Err(_) => std::thread::sleep(Duration::from_millis(10)),
-                }
-            }
-        }
-        Ok(())
+        placing::remove_left_overs(&self.folder, &self.path, &self.name)
     }
 
-    fn unlink(&self, name: &str) -> Result<()> {
+    pub(crate) fn unlink(&self, name: &str) -> Result<()> {
         match self.folder.unlink(name) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 let path = self.path.with_file_name(name);
@@ -238,35 +221,15 @@ impl Place {
         }
     }
 
-    /// Gives the closed and synced file `incoming` its final name, durably, and then `descriptor` to the folder. After
-    /// a failure neither is there.
-    fn put_in_place(&self, incoming: &str, descriptor: Option<&DiskDescriptor>) -> Result<()> {
-        self.folder
-            .rename_exclusive(incoming, &self.name)
-            .map_err(|error| self.failed(ErrorKind::Rename, "give the copy its name", error))?;
-        let placed = self
-            .folder
-            .sync()
-            .map_err(|error| self.failed(ErrorKind::Sync, "sync the folder of the copy", error))
-            .and_then(|()| descriptor.map_or(Ok(()), |descriptor| descriptor.store_new(&self.folder)));
-        placed.map_err(|error| {
-            // The descriptor first: none may name a file that is not there. It is ours only if its writing got so far
-            // that nobody can tell.
-            let written = error.kind() == ErrorKind::OutcomeUnknown;
-            let withdrawn = if written { self.folder.unlink(DESCRIPTOR_NAME) } else { Ok(()) }
-                .and_then(|()| self.folder.unlink(&self.name))
-                .and_then(|()| self.folder.sync());
-            match withdrawn {
-                Ok(()) if written => error.with_kind(ErrorKind::Sync),
-                Ok(()) => error,
-                Err(left) => Error::new(
-                    ErrorKind::OutcomeUnknown,
-                    format!("the copy could not be put in place ({error}), nor taken back: {left}"),
-                )
-                .at_path(&self.path)
-                .advise("repair the file system of the folder, then remove the copy and start again"),
-            }
-        })
+    /// As [`placing::put_in_place`], of the copy with that number.
+    pub(crate) fn put_in_place(
+        &self,
+        files: &[(&str, &str)],
+        descriptor: Option<&DiskDescriptor>,
+        copy_id: &str,
+    ) -> Result<()> {
+        let plan = placing::plan_name(&self.name, copy_id);
+        placing::put_in_place(&self.folder, &self.path, (files, descriptor), &plan)
     }
 
     /// The descriptor that the copy will need: none if one is there that describes it exactly.
@@ -321,26 +284,51 @@ impl Place {
     }
 }
 
+impl ImageDestination {
+    /// A copy delta by delta: as the source is, in a folder without another disk.
+    fn create_chain(&self, hello: &Hello) -> Result<Box<dyn Target>> {
+        if self.options != ImageOptions::default() {
+            return Err(Error::new(
+                ErrorKind::Parameter,
+                "receive a copy: all snapshots of a disk are received as they are at the source",
+            )
+            .at_path(&self.path)
+            .advise("leave out format, cluster size and version, or send without --chain"));
+        }
+        let place = self.place()?;
+        let exists = place.folder.exists(DESCRIPTOR_NAME);
+        if exists.map_err(|error| place.failed(ErrorKind::Stat, "look for a descriptor", error))? {
+            return Err(Error::new(
+                ErrorKind::Create,
+                "receive a copy: the folder has a descriptor; all snapshots need an empty folder",
+            )
+            .at_path(place.folder.path().join(DESCRIPTOR_NAME))
+            .advise("choose an empty folder: one folder holds one disk"));
+        }
+        place.check_space(hello, ImageKind::Expanded)?;
+        place.remove_left_overs()?;
+        Ok(Box::new(ChainTarget::new(place, hello)))
+    }
+}
+
 impl Destination for ImageDestination {
     fn create(&mut self, hello: &Hello) -> Result<Box<dyn Target>> {
+        if hello.deltas > 0 {
+            return self.create_chain(hello);
+        }
         let (geometry, image) = self.geometry(hello)?;
         let place = self.place()?;
         let descriptor = place.descriptor(&geometry, image)?;
         place.check_space(hello, image)?;
         place.remove_left_overs()?;
-        let incoming = format!("{}{INCOMING}{}", place.name, hexadecimal(&hello.copy_id));
+        let copy_id = hexadecimal(&hello.copy_id);
+        let incoming = format!("{}{INCOMING}{copy_id}", place.name);
         let storage = place.folder.create_file(&incoming, Caching::Direct)?;
         // From here on it is ours to remove.
-        let mut target = ImageTarget {
-            place,
-            incoming,
-            descriptor,
-            is_preallocated: image == ImageKind::Preallocated,
-            disk: None,
-            client: None,
-            waiting: HashMap::new(),
-        };
-        match target.open(&storage, &geometry, image) {
+        let mut image_disk = OpenImage::new(place.path.with_file_name(&incoming), image);
+        let opened = image_disk.open(&storage, &geometry, image, (&[], false));
+        let mut target = ImageTarget { place, copy_id, incoming, descriptor, image: image_disk };
+        match opened {
             Ok(()) => Ok(Box::new(target)),
             Err(error) => {
                 // The first failure says what is wrong; a file that stays is removed by the next attempt.
@@ -361,10 +349,8 @@ impl Destination for ImageDestination {
 }
 
 /// An image that is being written, on the same layers that will serve it.
-struct ImageTarget {
-    place: Place,
-    incoming: String,
-    descriptor: Option<DiskDescriptor>,
+pub(crate) struct OpenImage {
+    path: PathBuf,
     /// Every cluster keeps its place, also when it is zeroed.
     is_preallocated: bool,
     disk: Option<Arc<Disk>>,
@@ -372,25 +358,39 @@ struct ImageTarget {
     waiting: HashMap<u64, (u64, Extent)>,
 }
 
-impl ImageTarget {
-    fn open(&mut self, storage: &FileStorage, geometry: &Geometry, image: ImageKind) -> Result<()> {
-        let path = self.path();
+impl OpenImage {
+    /// Nothing yet: the file is at `path`.
+    pub(crate) fn new(path: PathBuf, image: ImageKind) -> Self {
+        let is_preallocated = image == ImageKind::Preallocated;
+        Self { path, is_preallocated, disk: None, client: None, waiting: HashMap::new() }
+    }
+
+    /// Makes an image of the empty file `storage` and opens it, on the closed images `below`, base first.
+    pub(crate) fn open(
+        &mut self,
+        storage: &FileStorage,
+        geometry: &Geometry,
+        image: ImageKind,
+        (below, raw_base): (&[PathBuf], bool),
+    ) -> Result<()> {
         if image == ImageKind::Raw {
             storage
                 .set_len(geometry.disk_bytes())
-                .map_err(|error| file::explain(error, ErrorKind::Truncate, "extend the copy", &path))?;
+                .map_err(|error| file::explain(error, ErrorKind::Truncate, "extend the copy", &self.path))?;
         } else {
             let options = format::CreateOptions {
                 geometry: geometry.clone(),
                 preallocated: image == ImageKind::Preallocated,
             };
-            format::create_image(storage, &options).map_err(|error| error.at_path(&path))?;
+            format::create_image(storage, &options).map_err(|error| error.at_path(&self.path))?;
         }
-        let raw_cluster = (image == ImageKind::Raw).then_some(Sectors(u64::from(geometry.cluster_sectors())));
+        let is_raw = image == ImageKind::Raw || raw_base;
+        let raw_cluster = is_raw.then_some(Sectors(u64::from(geometry.cluster_sectors())));
+        let files = below.iter().chain([&self.path]).cloned().collect();
         let options = OpenOptions {
-            which: Which::Files(vec![path.clone()]),
+            which: Which::Files(files),
             raw_cluster,
-            ..OpenOptions::new(&path, Access::ReadWrite)
+            ..OpenOptions::new(&self.path, Access::ReadWrite)
         };
         let disk = Disk::open(open(&options)?.chain, DiskOptions::default())?;
         let queue = pool::best_io_queue(QUEUE_DEPTH)
@@ -400,28 +400,20 @@ impl ImageTarget {
         Ok(())
     }
 
-    fn path(&self) -> PathBuf {
-        self.place.path.with_file_name(&self.incoming)
-    }
-
     fn client(&mut self) -> Result<&mut Client> {
         self.client.as_mut().ok_or_else(closed)
     }
-}
 
-fn closed() -> Error {
-    Error::new(ErrorKind::Write, "the copy is closed")
-}
-
-impl Target for ImageTarget {
-    fn write(&mut self, token: u64, offset: u64, buffer: IoBuf) -> Result<()> {
+    /// As [`Target::write`].
+    pub(crate) fn write(&mut self, token: u64, offset: u64, buffer: IoBuf) -> Result<()> {
         let extent = Extent::between(offset, offset.saturating_add(buffer.len() as u64));
         let id = self.client()?.submit(Op::Write { fua: false }, extent, Some(buffer));
         self.waiting.insert(id, (token, extent));
         Ok(())
     }
 
-    fn zero(&mut self, extent: Extent) -> Result<()> {
+    /// As [`Target::zero`].
+    pub(crate) fn zero(&mut self, extent: Extent) -> Result<()> {
         let chain = self.disk.as_ref().ok_or_else(closed)?.chain();
         let mut at = extent.start();
         while at < extent.end() {
@@ -437,7 +429,8 @@ impl Target for ImageTarget {
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<Option<u64>> {
+    /// As [`Target::finish`].
+    pub(crate) fn finish(&mut self) -> Result<Option<u64>> {
         let Some(done) = self.client()?.next_completion()? else { return Ok(None) };
         let lost = || Error::new(ErrorKind::Write, "a write was lost");
         let (token, extent) = self.waiting.remove(&done.id).ok_or_else(lost)?;
@@ -445,36 +438,90 @@ impl Target for ImageTarget {
             Ok(()) => Ok(Some(token)),
             Err(errno) => {
                 let cause = io::Error::from_raw_os_error(errno);
-                Err(file::explain(cause, ErrorKind::Write, &format!("write {extent}"), &self.path()))
+                Err(file::explain(cause, ErrorKind::Write, &format!("write {extent}"), &self.path))
             }
         }
     }
 
-    fn in_flight(&self) -> usize {
+    /// As [`Target::in_flight`].
+    pub(crate) fn in_flight(&self) -> usize {
         self.client.as_ref().map_or(0, Client::in_flight)
     }
 
-    fn sync(&mut self) -> Result<()> {
-        let path = self.path();
+    /// As [`Target::sync`].
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        let path = self.path.clone();
         self.client()?.flush().map_err(|error| error.at_path(path))
     }
 
-    fn reader(&self) -> Result<Box<dyn Reader>> {
+    /// As [`Target::reader`].
+    pub(crate) fn reader(&self) -> Result<Box<dyn Reader>> {
         Ok(Box::new(DiskReader::new(self.disk.as_ref().ok_or_else(closed)?)?))
     }
 
-    fn commit(&mut self) -> Result<()> {
+    /// Closes it cleanly and syncs it. Its lock goes with the file that is given back.
+    pub(crate) fn close(&mut self) -> Result<Arc<dyn Storage>> {
         self.client = None;
-        // Closed cleanly and synced before anybody can find it; its lock goes with the disk.
         let disk = self.disk.take().ok_or_else(closed)?;
-        disk.close().map_err(|error| error.at_path(self.path()))?;
-        drop(disk);
-        self.place.put_in_place(&self.incoming, self.descriptor.as_ref())
+        disk.close().map_err(|error| error.at_path(&self.path))?;
+        let chain = disk.chain();
+        Ok(Arc::clone(chain.storage(chain.top())))
+    }
+
+    /// Lets go of the file, whatever state it is in.
+    pub(crate) fn abandon(&mut self) {
+        self.client = None;
+        self.disk = None;
+    }
+}
+
+pub(crate) fn closed() -> Error {
+    Error::new(ErrorKind::Write, "the copy is closed")
+}
+
+/// A copy of the content alone.
+struct ImageTarget {
+    place: Place,
+    copy_id: String,
+    incoming: String,
+    descriptor: Option<DiskDescriptor>,
+    image: OpenImage,
+}
+
+impl Target for ImageTarget {
+    fn write(&mut self, token: u64, offset: u64, buffer: IoBuf) -> Result<()> {
+        self.image.write(token, offset, buffer)
+    }
+
+    fn zero(&mut self, extent: Extent) -> Result<()> {
+        self.image.zero(extent)
+    }
+
+    fn finish(&mut self) -> Result<Option<u64>> {
+        self.image.finish()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.image.in_flight()
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        self.image.sync()
+    }
+
+    fn reader(&self) -> Result<Box<dyn Reader>> {
+        self.image.reader()
+    }
+
+    fn commit(&mut self) -> Result<()> {
+        // Closed cleanly and synced before anybody can find it; its lock goes with the disk.
+        drop(self.image.close()?);
+        let files = [(self.incoming.as_str(), self.place.name.as_str())];
+        self.place.put_in_place(&files, self.descriptor.as_ref(), &self.copy_id)
     }
 
     fn discard(&mut self) -> Result<()> {
-        self.client = None;
-        self.disk = None;
+        self.image.abandon();
         self.place.unlink(&self.incoming)
     }
 }
@@ -536,7 +583,8 @@ impl FileTarget for ImageFile {
         self.validate(self.storage()?)?;
         // The original's stream says nothing of a descriptor: the image may be the top of a chain whose descriptor
         // travels by itself.
-        self.place.put_in_place(&self.incoming, None)?;
+        let files = [(self.incoming.as_str(), self.place.name.as_str())];
+        self.place.put_in_place(&files, None, "")?;
         self.storage = None;
         Ok(())
     }

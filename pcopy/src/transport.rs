@@ -542,6 +542,7 @@ mod tests {
         let cancel = Cancel::new().unwrap();
         let mut reader = Transport::reader(read, patience(60_000, vec![cancel.clone()])).unwrap();
         let waiting = std::thread::spawn(move || reader.read(&mut [0; 8]).unwrap_err());
+        // Most often it waits by then; before that it must come to the same.
         std::thread::sleep(Duration::from_millis(20));
         cancel.cancel();
         let error = explain(ErrorKind::Read, "x", waiting.join().unwrap());

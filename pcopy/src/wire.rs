@@ -5,7 +5,8 @@
 //! header  = type u8 · flags u8 = 0 · reserved u16 = 0 · length u32 · sequence u64 · offset u64 · extent u64
 //!           · digest [32] = BLAKE3(first 32 header bytes, payload)
 //!
-//! sender:    Hello (Data* Zero* EndPass)+ Seal [Commit]       offsets ascend inside a pass
+//! sender:    Hello Pass+ Seal [Commit]                          with Pass = Data* Zero* EndPass, offsets ascending
+//!            Hello (Delta Pass EndDelta)* Delta Pass+ Seal [Commit]      a tree of deltas, frozen ones first
 //! receiver:  HelloAck (Credit | PassDurable)* Verdict [Committed]        only when the Hello says two-way
 //! either:    Keepalive and Abort, at any frame boundary
 //! ```
@@ -26,14 +27,17 @@
 //! that is the transport's task.
 //!
 //! Version rule: the version is one number and a receiver takes exactly the versions it knows. Reserved bytes and
-//! flags are 0 and checked, so that a later version can give them a meaning that this one refuses.
+//! flags are 0 and checked, so that a later version can give them a meaning that this one refuses. A stream of the
+//! content alone is of version 1, one of deltas of version 2: each receiver is sent the oldest that will do.
 
+mod delta;
 mod payload;
 mod rules;
 
 use std::fmt;
 use std::io::{self, Read};
 
+pub use delta::{DELTAS_LIMIT, DEPTH_LIMIT, Delta, EndDelta};
 use payload::Fields;
 pub use payload::{
     Abort, EndPass, Hello, HelloAck, ImageKind, Seal, decode_credit, decode_pass, decode_verdict, printable,
@@ -42,8 +46,10 @@ pub use rules::{AnswerRules, StreamRules, Told};
 
 /// First bytes of the payload of a `Hello`.
 pub const MAGIC: [u8; 8] = *b"ploopcpy";
-/// The version this code speaks.
-pub const PROTOCOL_VERSION: u16 = 1;
+/// The version of a stream of the content alone.
+pub const FLAT_VERSION: u16 = 1;
+/// The version of a stream of deltas, the latest that this code speaks.
+pub const DELTAS_VERSION: u16 = 2;
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 64;
 /// Bytes of a header that its digest covers.
@@ -99,6 +105,10 @@ pub enum Kind {
     Abort = 7,
     /// The sender of this is alive.
     Keepalive = 8,
+    /// A delta begins: what it is and what it stands on.
+    Delta = 9,
+    /// A frozen delta was sent whole: its digest.
+    EndDelta = 10,
     /// Answer to `Hello`: the window of credit.
     HelloAck = 0x81,
     /// How many bytes of frames have been dealt with.
@@ -113,7 +123,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Hello,
         Self::Data,
         Self::Zero,
@@ -122,6 +132,8 @@ impl Kind {
         Self::Commit,
         Self::Abort,
         Self::Keepalive,
+        Self::Delta,
+        Self::EndDelta,
         Self::HelloAck,
         Self::Credit,
         Self::PassDurable,
@@ -145,6 +157,8 @@ impl Kind {
             Self::Zero | Self::Commit | Self::Keepalive | Self::Committed => 0,
             Self::Hello => small(Hello::BYTES),
             Self::EndPass => small(EndPass::BYTES),
+            Self::Delta => small(Delta::BYTES),
+            Self::EndDelta => small(EndDelta::BYTES),
             Self::Seal => small(Seal::BYTES),
             Self::Abort => small(Abort::BYTES),
             Self::HelloAck => small(HelloAck::BYTES),
@@ -239,7 +253,10 @@ impl fmt::Display for WireError {
             Self::TooMany(what) => write!(formatter, "more {what} than a copy can have"),
             Self::Magic => formatter.write_str("this is no stream of ploop copy"),
             Self::Version(version) => {
-                write!(formatter, "protocol version {version}; this program speaks {PROTOCOL_VERSION}")
+                write!(
+                    formatter,
+                    "protocol version {version}; this program speaks {FLAT_VERSION} to {DELTAS_VERSION}"
+                )
             }
             Self::Field(name) => write!(formatter, "field \"{name}\" has an impossible value"),
         }
@@ -482,7 +499,25 @@ mod tests {
             window_bytes: 1 << 25,
             payload_bytes_max: 1 << 19,
             data_bytes: 12345,
+            deltas: 0,
         }
+    }
+
+    fn delta(index: u32) -> Delta {
+        super::delta::tests::delta(index, 2)
+    }
+
+    /// The rules of a stream of two deltas, after the `Hello`.
+    fn of_deltas() -> StreamRules {
+        let hello = Hello { deltas: 2, ..hello() };
+        let mut rules = StreamRules::new();
+        rules.admit(&Header::plain(Kind::Hello, 0, &hello.encode()).unwrap()).unwrap();
+        rules.hello(&hello);
+        rules
+    }
+
+    fn plain(kind: Kind, sequence: u64) -> Header {
+        Header::plain(kind, sequence, &vec![0; kind.fixed_length().unwrap() as usize]).unwrap()
     }
 
     fn in_pass() -> StreamRules {
@@ -504,7 +539,7 @@ mod tests {
         assert_eq!(EndPass::decode(&end.encode()).unwrap(), end);
         let seal = Seal { transcript: [3; 32], disk_bytes: 1, frames: 2, data_bytes: 3, zero_bytes: 4 };
         assert_eq!(Seal::decode(&seal.encode()).unwrap(), seal);
-        let ack = HelloAck { window_bytes: 1 << 25 };
+        let ack = HelloAck { window_bytes: 1 << 25, protocol_version: 2 };
         assert_eq!(HelloAck::decode(&ack.encode()).unwrap(), ack);
         let abort = Abort { code: 14, text: "no".into() };
         assert_eq!(Abort::decode(&abort.encode()).unwrap(), abort);
@@ -544,8 +579,72 @@ mod tests {
             assert!(matches!(Hello::decode(&changed.encode()), Err(WireError::Field(_))), "{changed:?}");
         }
         let mut other_version = hello().encode();
-        other_version[8] = 2;
-        assert_eq!(Hello::decode(&other_version), Err(WireError::Version(2)));
+        other_version[8] = 3;
+        assert_eq!(Hello::decode(&other_version), Err(WireError::Version(3)));
+        let deltas = Hello { deltas: 7, ..hello() };
+        assert_eq!(Hello::decode(&deltas.encode()).unwrap(), deltas);
+        let many = Hello { deltas: DELTAS_LIMIT + 1, ..hello() };
+        assert!(matches!(Hello::decode(&many.encode()), Err(WireError::Field(_))));
+        // As a receiver of version 1 alone sees it: the version, before anything that it does not know.
+        let mut old = deltas.encode();
+        old[8] = 1;
+        assert_eq!(Hello::decode(&old), Err(WireError::Reserved));
+        let mut none = hello().encode();
+        none[8] = 2;
+        assert!(matches!(Hello::decode(&none), Err(WireError::Field(_))));
+    }
+
+    #[test]
+    fn frozen_deltas_have_one_pass_each_and_the_last_has_any_number() {
+        let mut rules = of_deltas();
+        assert!(rules.clone().admit(&data(1, 0, 512)).is_err(), "no delta was named");
+        assert!(rules.clone().admit(&plain(Kind::EndPass, 1)).is_err());
+        let smaller = Delta { disk_bytes: 1 << 20, ..delta(0) };
+        rules.admit(&plain(Kind::Delta, 1)).unwrap();
+        rules.delta(&smaller).unwrap();
+        assert!(rules.clone().admit(&plain(Kind::Delta, 2)).is_err());
+        assert!(
+            matches!(rules.clone().admit(&data(2, 1 << 20, 512)), Err(WireError::PastEnd { .. })),
+            "the bounds are those of the delta"
+        );
+        rules.admit(&data(2, 4096, 512)).unwrap();
+        rules.admit(&plain(Kind::EndPass, 3)).unwrap();
+        let end = EndPass { pass: 1, durable: true, last: false };
+        assert!(rules.clone().end_pass(&EndPass { last: true, ..end }).is_err(), "more deltas must follow");
+        rules.end_pass(&end).unwrap();
+        for kind in Kind::ALL.into_iter().filter(|kind| kind.is_numbered() && *kind != Kind::EndDelta) {
+            let header = if kind == Kind::Data { data(4, 8192, 512) } else { plain_or_zero(kind, 4) };
+            assert!(rules.clone().admit(&header).is_err(), "{kind:?} after the pass of a frozen delta");
+        }
+        rules.admit(&plain(Kind::EndDelta, 4)).unwrap();
+        let end = EndDelta { transcript: [0; 32], index: 0, frames: 3, data_bytes: 512, zero_bytes: 0 };
+        assert!(rules.clone().end_delta(&EndDelta { data_bytes: 513, ..end }).is_err());
+        rules.end_delta(&end).unwrap();
+        assert!(rules.clone().admit(&plain(Kind::Seal, 5)).is_err(), "the current state is missing");
+        rules.admit(&plain(Kind::Delta, 5)).unwrap();
+        assert!(rules.clone().delta(&Delta { disk_bytes: 1 << 20, ..delta(1) }).is_err());
+        rules.delta(&delta(1)).unwrap();
+        for (pass, sequence) in [(2, 6), (3, 8)] {
+            rules.admit(&data(sequence, 1 << 20, 512)).unwrap();
+            rules.admit(&plain(Kind::EndPass, sequence + 1)).unwrap();
+            rules.end_pass(&EndPass { pass, durable: true, last: pass == 3 }).unwrap();
+        }
+        rules.admit(&plain(Kind::Seal, 10)).unwrap();
+        let seal =
+            Seal { transcript: [0; 32], disk_bytes: 1 << 30, frames: 10, data_bytes: 3 * 512, zero_bytes: 0 };
+        rules.check_seal(&seal).unwrap();
+        assert!(
+            in_pass().admit(&plain(Kind::Delta, 1)).is_err(),
+            "a stream of the content alone has no deltas"
+        );
+        assert!(in_pass().admit(&plain(Kind::EndDelta, 1)).is_err());
+    }
+
+    fn plain_or_zero(kind: Kind, sequence: u64) -> Header {
+        match kind {
+            Kind::Zero => Header::new(kind, sequence, 8192, 512, &[]).unwrap(),
+            _ => plain(kind, sequence),
+        }
     }
 
     #[test]
@@ -729,10 +828,12 @@ mod tests {
             let _ = Seal::decode(&bytes);
             let _ = Abort::decode(&bytes);
             let _ = HelloAck::decode(&bytes);
+            let _ = Delta::decode(&bytes);
+            let _ = EndDelta::decode(&bytes);
         }
 
         #[test]
-        fn arbitrary_headers_do_no_harm(kind in 0usize..13, mut bytes in prop::array::uniform32(any::<u8>())) {
+        fn arbitrary_headers_do_no_harm(kind in 0usize..15, mut bytes in prop::array::uniform32(any::<u8>())) {
             bytes[0] = Kind::ALL[kind] as u8;
             bytes[1..4].fill(0);
             let mut whole = [0; HEADER_BYTES];

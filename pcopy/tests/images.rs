@@ -23,9 +23,9 @@ use ploop_core::io::Access;
 use ploop_core::io::file::{DirectoryFolder, FileStorage, OpenOptions as FileOptions};
 use ploop_core::ops::create::{CreateOptions, create};
 use ploop_core::units::Sectors;
+use support::patience::PATIENCE;
 use support::*;
 
-const STALL: Duration = Duration::from_secs(30);
 const LEN: u64 = 24 << 20;
 
 fn names(folder: &Path) -> Vec<String> {
@@ -56,7 +56,7 @@ fn a_disk_in_use_becomes_an_equal_image_with_a_descriptor() {
         let mut quiesce = TestQuiesce::new(&served, Some(&writer));
         let mut destination = ImageDestination::new(&to.join("copy.hds"), ImageOptions::default()).unwrap();
         let both =
-            copy(&mut source, &mut quiesce, &mut destination, ends(two_way, false), &send_options(STALL));
+            copy(&mut source, &mut quiesce, &mut destination, ends(two_way, false), &send_options(PATIENCE));
         let received = both.received.unwrap();
         both.sent.unwrap();
         assert!(writer.is_alive());
@@ -99,7 +99,7 @@ fn format_version_and_cluster_can_be_chosen() {
             &mut NothingToQuiesce,
             &mut destination,
             ends(true, true),
-            &send_options(STALL),
+            &send_options(PATIENCE),
         );
         both.received.unwrap();
         both.sent.unwrap();
@@ -132,8 +132,13 @@ fn a_sparse_disk_arrives_sparse() {
     let mut source = DiskSource::new(&served.disk).unwrap();
     let path = root.path().join("copy.hds");
     let mut destination = ImageDestination::new(&path, ImageOptions::default()).unwrap();
-    let both =
-        copy(&mut source, &mut NothingToQuiesce, &mut destination, ends(true, false), &send_options(STALL));
+    let both = copy(
+        &mut source,
+        &mut NothingToQuiesce,
+        &mut destination,
+        ends(true, false),
+        &send_options(PATIENCE),
+    );
     both.received.unwrap();
     assert!(both.sent.unwrap().data_bytes < 4 << 20);
     assert!(std::fs::metadata(&path).unwrap().blocks() * 512 < 16 << 20);
@@ -154,7 +159,7 @@ fn what_is_in_the_way_is_refused_before_anything_is_written() {
             &mut NothingToQuiesce,
             &mut destination,
             ends(true, false),
-            &send_options(STALL),
+            &send_options(PATIENCE),
         );
         let kinds =
             (both.sent.err().map(|error| error.kind()), both.received.err().map(|error| error.kind()));
@@ -199,7 +204,8 @@ fn a_failed_copy_leaves_nothing_and_left_overs_of_a_killed_one_are_removed() {
         let mut quiesce = TestQuiesce::new(&source, None);
         quiesce.fail_hook = attempt == 0;
         let mut destination = ImageDestination::new(&path, ImageOptions::default()).unwrap();
-        let both = copy(&mut source, &mut quiesce, &mut destination, ends(true, false), &send_options(STALL));
+        let both =
+            copy(&mut source, &mut quiesce, &mut destination, ends(true, false), &send_options(PATIENCE));
         assert_eq!(both.sent.is_ok(), attempt == 1);
         assert_eq!(both.received.is_ok(), attempt == 1);
         let expected: &[&str] = match attempt {
@@ -247,8 +253,13 @@ fn a_copy_that_cannot_fit_is_refused_at_once() {
     let folder = referee::folder();
     let mut source = Huge(MemoryDisk::new(vec![0; 512]));
     let mut destination = ImageDestination::new(&folder.path().join("a"), ImageOptions::default()).unwrap();
-    let both =
-        copy(&mut source, &mut NothingToQuiesce, &mut destination, ends(true, false), &send_options(STALL));
+    let both = copy(
+        &mut source,
+        &mut NothingToQuiesce,
+        &mut destination,
+        ends(true, false),
+        &send_options(PATIENCE),
+    );
     assert_eq!(both.sent.unwrap_err().kind(), ErrorKind::Allocate);
     assert_eq!(both.received.unwrap_err().kind(), ErrorKind::Allocate);
     assert!(names(folder.path()).is_empty());

@@ -15,7 +15,7 @@ mod support;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ploop_core::Extent;
 use ploop_core::device::{Client, Disk, DiskOptions};
@@ -23,6 +23,7 @@ use ploop_core::io::{Access, pool, sys};
 use ploop_core::ops::create::{CreateOptions, create};
 use ploop_core::ops::open::{OpenOptions, open};
 use ploop_core::units::Sectors;
+use support::patience::{is_running, wait_until};
 use support::*;
 
 const PCOPY: &str = env!("CARGO_BIN_EXE_pcopy");
@@ -48,14 +49,12 @@ impl Process {
     }
 
     fn code(&mut self) -> Option<i32> {
-        let end = Instant::now() + Duration::from_secs(60);
-        while Instant::now() < end {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                return status.code();
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        panic!("it hangs");
+        let mut ended = None;
+        wait_until("the process ends", || {
+            ended = self.0.try_wait().unwrap();
+            ended.is_some()
+        });
+        ended.unwrap().code()
     }
 
     fn kill(&mut self) {
@@ -201,6 +200,86 @@ fn a_killed_side_leaves_nothing_behind() {
     assert!(std::fs::read(from.join("root.hds")).unwrap() == image, "the source is untouched");
 }
 
+/// As above with all snapshots, killed at any byte from the first delta to the last.
+#[test]
+fn a_killed_side_of_a_copy_of_deltas_leaves_nothing_behind() {
+    let root = referee::folder();
+    let from = root.path().join("from");
+    let guids = disk_with_snapshots(&from, LEN, 21, |options| options.cluster = Sectors(128));
+    let expected: Vec<Vec<u8>> = guids.iter().map(|guid| content_of_state(&from, *guid)).collect();
+    let current = disk_content(&from);
+    let images = files_of(&from);
+    let mut random = Random(13);
+    for trial in 0..trials() {
+        let folder = root.path().join(format!("to-{trial}"));
+        std::fs::create_dir(&folder).unwrap();
+        let to = folder.join("copy.hds");
+        let victim_is_sender = trial % 2 == 0;
+        let send = ["send", "--chain", from.to_str().unwrap()];
+        let mut sender = Process::start(&send, Stdio::null(), Stdio::piped());
+        let mut receiver = Process::start(&["receive", to.to_str().unwrap()], Stdio::piped(), Stdio::null());
+        let mut stream = sender.0.stdout.take().unwrap();
+        let mut sink = receiver.0.stdin.take().unwrap();
+        let at = random.below(LEN / 4);
+        let (mut carried, mut killed) = (0, false);
+        let mut buffer = vec![0; 20_000];
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            if sink.write_all(&buffer[..count]).is_err() {
+                break;
+            }
+            carried += count as u64;
+            if carried >= at && !std::mem::replace(&mut killed, true) {
+                if victim_is_sender {
+                    sender.kill()
+                } else {
+                    receiver.kill()
+                };
+            }
+        }
+        drop((stream, sink));
+        let codes = (sender.code(), receiver.code());
+        assert!(killed, "the stream was shorter than thought: {carried} bytes");
+        if victim_is_sender {
+            assert_eq!(codes, (None, Some(6)), "killed at {at}");
+            assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "left-overs");
+        } else {
+            assert_eq!(codes.1, None);
+            assert!(matches!(codes.0, Some(7 | 0)), "{codes:?}");
+        }
+        let is_named = |name: &str| !name.starts_with("copy.hds.incoming-");
+        assert!(
+            !names_in(&folder).iter().any(|name| is_named(name)),
+            "a final name: {:?}",
+            names_in(&folder)
+        );
+        let mut sender = Process::start(&send, Stdio::null(), Stdio::piped());
+        let stream = Stdio::from(std::os::fd::OwnedFd::from(sender.0.stdout.take().unwrap()));
+        let mut receiver = Process::start(&["receive", to.to_str().unwrap()], stream, Stdio::null());
+        assert_eq!((sender.code(), receiver.code()), (Some(0), Some(0)), "retry");
+        for (guid, expected) in guids.iter().zip(&expected) {
+            assert!(content_of_state(&folder, *guid) == *expected, "{guid}");
+        }
+        assert!(disk_content(&folder) == current);
+        assert_eq!(names_in(&folder).len(), 6, "five images and the descriptor, no left-overs");
+        // The judge would look at each of them.
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+    assert!(files_of(&from) == images, "the source is untouched");
+}
+
+fn names_in(folder: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(folder).unwrap();
+    names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// The bytes of every file in a folder.
+fn files_of(folder: &Path) -> std::collections::BTreeMap<String, Vec<u8>> {
+    names_in(folder)
+        .into_iter()
+        .map(|name| (name.clone(), std::fs::read(folder.join(name)).unwrap()))
+        .collect()
+}
+
 #[test]
 fn a_killed_side_of_a_two_way_copy_is_noticed() {
     let root = referee::folder();
@@ -212,9 +291,10 @@ fn a_killed_side_of_a_two_way_copy_is_noticed() {
         std::fs::create_dir(&folder).unwrap();
         let to = folder.join("copy.hds");
         let mut sender = two_way(&from, &to);
+        // Any moment will do, also one before the beginning or behind the end.
         std::thread::sleep(Duration::from_micros(random.below(60_000)));
         let children = format!("/proc/{0}/task/{0}/children", sender.0.id());
-        let receiver: Option<i32> = std::fs::read_to_string(children)
+        let receiver: Option<u32> = std::fs::read_to_string(children)
             .ok()
             .and_then(|text| text.split_whitespace().next()?.parse().ok());
         if trial % 2 == 0 {
@@ -222,17 +302,13 @@ fn a_killed_side_of_a_two_way_copy_is_noticed() {
         } else if let Some(receiver) = receiver {
             // It may have ended meanwhile.
             let _ = nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(receiver),
+                nix::unistd::Pid::from_raw(i32::try_from(receiver).unwrap()),
                 nix::sys::signal::Signal::SIGKILL,
             );
         }
         let code = sender.code();
         // The other one ends as well.
-        let end = Instant::now() + Duration::from_secs(30);
-        while receiver.is_some_and(is_running) {
-            assert!(Instant::now() < end, "the receiver lives on");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        wait_until("the receiver has ended", || !receiver.is_some_and(is_running));
         if to.exists() {
             assert!(disk_content(&folder) == expected);
             assert!(matches!(code, None | Some(0 | 75)), "{code:?}");
@@ -242,12 +318,6 @@ fn a_killed_side_of_a_two_way_copy_is_noticed() {
             assert!(disk_content(&folder) == expected);
         }
     }
-}
-
-fn is_running(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit(')').next().and_then(|rest| rest.trim().chars().next());
-    state.is_some_and(|state| state != 'Z')
 }
 
 /// Starts a guardian as a copy does; returns it ready.
@@ -268,7 +338,7 @@ fn the_guardian_runs_the_thaw_command_only_when_the_copy_died_frozen() {
     for (words, expected) in [(&b""[..], false), (b"f", true), (b"fd", false), (b"fdf", true)] {
         let mark = folder.path().join("thawed");
         let _ = std::fs::remove_file(&mark);
-        let mut process = guardian(&["5000", &format!("touch {}", mark.display())]);
+        let mut process = guardian(&["60000", &format!("touch {}", mark.display())]);
         // Politeness does not move it.
         let pid = nix::unistd::Pid::from_raw(i32::try_from(process.0.id()).unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
@@ -287,7 +357,7 @@ fn the_guardian_ends_a_freeze_command_whose_copy_died_and_no_other() {
     for (is_told_of_its_end, obeys) in [(false, true), (false, false), (true, true)] {
         let folder = referee::folder();
         let mark = folder.path().join("thawed");
-        let mut process = guardian(&["5000", &format!("touch {}", mark.display())]);
+        let mut process = guardian(&["60000", &format!("touch {}", mark.display())]);
         // With a child of its own, which would live on if only the shell was killed.
         let trap = if obeys { "" } else { "trap '' TERM;" };
         let command = format!("{trap} sleep 600 & echo $!; wait; sleep 600");
@@ -297,7 +367,7 @@ fn the_guardian_ends_a_freeze_command_whose_copy_died_and_no_other() {
         let mut line = String::new();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(hook.0.stdout.take().unwrap()), &mut line)
             .unwrap();
-        let child: i32 = line.trim().parse().unwrap();
+        let child: u32 = line.trim().parse().unwrap();
         let mut words = vec![b'f', b'g'];
         words.extend(hook.0.id().to_le_bytes());
         if is_told_of_its_end {
@@ -314,11 +384,7 @@ fn the_guardian_ends_a_freeze_command_whose_copy_died_and_no_other() {
             nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL).unwrap();
         }
         assert_eq!(hook.code(), None, "ended by a signal");
-        let end = Instant::now() + Duration::from_secs(5);
-        while is_running(child) {
-            assert!(Instant::now() < end, "a child of the freeze command lives on");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        wait_until("no child of the freeze command runs any more", || !is_running(child));
     }
 }
 
@@ -383,7 +449,7 @@ fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
         }
     };
     // The copy dies: nobody but the guardian is left.
-    let mut process = guardian(&["5000", "", mounted.0.to_str().unwrap()]);
+    let mut process = guardian(&["60000", "", mounted.0.to_str().unwrap()]);
     process.0.stdin.as_mut().unwrap().write_all(b"f").unwrap();
     let folder = sys::open_folder(&mounted.0).unwrap();
     sys::freeze_file_system(folder.as_fd()).unwrap();

@@ -11,6 +11,7 @@
 mod support;
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use pcopy::converge::ConvergenceOptions;
@@ -18,9 +19,9 @@ use pcopy::memory::{Fault, MemoryDestination, MemoryDisk, Outcome};
 use pcopy::stats::PassKind;
 use pcopy::{Cancel, Event, NothingToQuiesce};
 use ploop_core::ErrorKind;
+use support::patience::PATIENCE;
 use support::*;
 
-const STALL: Duration = Duration::from_secs(20);
 const LEN: usize = 8 << 20;
 
 #[test]
@@ -30,7 +31,7 @@ fn a_quiet_disk_arrives_whole() {
         let mut destination = MemoryDestination::new();
         let mut quiesce = NothingToQuiesce;
         let both =
-            copy(&mut disk, &mut quiesce, &mut destination, ends(two_way, socket), &send_options(STALL));
+            copy(&mut disk, &mut quiesce, &mut destination, ends(two_way, socket), &send_options(PATIENCE));
         let (sent, received) = (both.sent.unwrap(), both.received.unwrap());
         assert_eq!(sent.committed, two_way);
         assert_eq!(destination.outcome(), Outcome::Committed);
@@ -51,7 +52,7 @@ fn a_disk_that_is_written_to_arrives_as_it_was_at_the_freeze() {
         let mut quiesce = TestQuiesce::new(&disk, Some(&writer));
         let mut destination = MemoryDestination::new();
         let both =
-            copy(&mut disk, &mut quiesce, &mut destination, ends(two_way, false), &send_options(STALL));
+            copy(&mut disk, &mut quiesce, &mut destination, ends(two_way, false), &send_options(PATIENCE));
         let sent = both.sent.unwrap();
         both.received.unwrap();
         assert!(destination.content() == quiesce.snapshot.take().unwrap(), "seed {seed}");
@@ -86,7 +87,7 @@ fn scattered_small_writes_cost_little_more_than_themselves() {
     }
     let mut quiesce = Scatter(disk.clone(), 0);
     let mut destination = MemoryDestination::new();
-    let both = copy(&mut disk, &mut quiesce, &mut destination, ends(true, false), &send_options(STALL));
+    let both = copy(&mut disk, &mut quiesce, &mut destination, ends(true, false), &send_options(PATIENCE));
     let downtime = both.sent.unwrap().downtime;
     both.received.unwrap();
     assert!(destination.content() == disk.content());
@@ -115,7 +116,7 @@ fn zeros_written_over_sent_data_arrive_as_zeros() {
     }
     let mut quiesce = Wipe(disk.clone());
     let mut destination = MemoryDestination::new();
-    let both = copy(&mut disk, &mut quiesce, &mut destination, ends(true, true), &send_options(STALL));
+    let both = copy(&mut disk, &mut quiesce, &mut destination, ends(true, true), &send_options(PATIENCE));
     let report = both.sent.unwrap();
     let received = both.received.unwrap();
     assert!(destination.content() == disk.content());
@@ -142,8 +143,8 @@ fn writers_that_go_on_after_the_freeze_end_the_copy() {
                 writer.write(4096, &[left.load(Ordering::SeqCst) as u8; 512]);
             }
         };
-        let both = within(Duration::from_secs(60), "writers that go on", || {
-            copy_observed(&mut disk, &mut quiesce, &mut destination, link, &send_options(STALL), &write)
+        let both = must_end("writers that go on", || {
+            copy_observed(&mut disk, &mut quiesce, &mut destination, link, &send_options(PATIENCE), &write)
         });
         let (sent, received) = (both.sent, both.received);
         assert_eq!((quiesce.freezes, quiesce.thaws), (1, 1));
@@ -167,7 +168,7 @@ fn a_freeze_too_long_never_begins() {
     let mut disk = MemoryDisk::new(content(7, LEN));
     let mut quiesce = TestQuiesce::new(&disk, None);
     let mut destination = MemoryDestination::new();
-    let mut options = send_options(STALL);
+    let mut options = send_options(PATIENCE);
     options.convergence = ConvergenceOptions { freeze_ms_max: Some(0), passes_max: 4, ..Default::default() };
     // After every pass there is something new.
     let writer = disk.clone();
@@ -192,7 +193,7 @@ fn a_failing_hook_is_undone() {
     let mut quiesce = TestQuiesce::new(&disk, None);
     quiesce.fail_hook = true;
     let mut destination = MemoryDestination::new();
-    let both = copy(&mut disk, &mut quiesce, &mut destination, ends(false, false), &send_options(STALL));
+    let both = copy(&mut disk, &mut quiesce, &mut destination, ends(false, false), &send_options(PATIENCE));
     assert_eq!(both.sent.unwrap_err().kind(), ErrorKind::NotQuiet);
     assert!(both.received.is_err());
     assert!(!quiesce.hook_begun, "thaw was called");
@@ -212,8 +213,13 @@ fn what_goes_wrong_at_the_receiver_reaches_the_sender() {
             let mut disk = MemoryDisk::new(content(9, LEN));
             let mut quiesce = TestQuiesce::new(&disk, None);
             let mut destination = MemoryDestination::with_fault(fault);
-            let both =
-                copy(&mut disk, &mut quiesce, &mut destination, ends(two_way, false), &send_options(STALL));
+            let both = copy(
+                &mut disk,
+                &mut quiesce,
+                &mut destination,
+                ends(two_way, false),
+                &send_options(PATIENCE),
+            );
             assert_eq!(both.received.unwrap_err().kind(), kind, "{fault:?}");
             if two_way {
                 assert_eq!(both.sent.unwrap_err().kind(), kind, "{fault:?}");
@@ -229,8 +235,13 @@ fn an_existing_destination_is_refused_on_both_sides() {
     let mut destination = MemoryDestination::new();
     for expected in [None, Some(ErrorKind::Create)] {
         let mut disk = MemoryDisk::new(content(10, LEN));
-        let both =
-            copy(&mut disk, &mut NothingToQuiesce, &mut destination, ends(true, false), &send_options(STALL));
+        let both = copy(
+            &mut disk,
+            &mut NothingToQuiesce,
+            &mut destination,
+            ends(true, false),
+            &send_options(PATIENCE),
+        );
         assert_eq!(both.sent.err().map(|error| error.kind()), expected);
         assert_eq!(both.received.err().map(|error| error.kind()), expected);
     }
@@ -242,7 +253,7 @@ fn cancelling_unwinds() {
     let writer = Writer::start(&disk, LEN as u64, 11, Duration::from_micros(50));
     let mut quiesce = TestQuiesce::new(&disk, Some(&writer));
     let cancel = Cancel::new().unwrap();
-    let mut options = send_options(STALL);
+    let mut options = send_options(PATIENCE);
     options.cancel = Some(cancel.clone());
     // It would go on for ever.
     options.convergence = ConvergenceOptions {
@@ -252,8 +263,10 @@ fn cancelling_unwinds() {
         freeze_ms_wanted: 0,
     };
     let mut destination = MemoryDestination::new();
+    let (passed, passes) = mpsc::channel();
     let cancelling = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(150));
+        // In the middle of it.
+        passes.iter().take(5).for_each(drop);
         cancel.cancel();
     });
     // After every pass there is something new, also when the writer sleeps.
@@ -261,6 +274,7 @@ fn cancelling_unwinds() {
     let write = |event: &Event| {
         if let Event::PassEnded(_) = event {
             again.write(8192, &[1; 4096]);
+            passed.send(()).ok();
         }
     };
     let ends = ends(true, false);

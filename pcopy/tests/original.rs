@@ -23,9 +23,9 @@ use ploop_core::io::IoBuf;
 use ploop_core::ops::create::{CreateOptions, create};
 use ploop_core::units::Sectors;
 use ploop_core::{ErrorKind, Extent, Result};
+use support::patience::PATIENCE;
 use support::*;
 
-const STALL: Duration = Duration::from_secs(20);
 /// Not a whole number of clusters for the larger ones, as a raw disk may be.
 const LEN: u64 = (9 << 20) + (32 << 10);
 
@@ -43,13 +43,13 @@ fn copy_original(
     feedback: bool,
 ) -> (Result<SendReport>, Result<pcopy::ReceiveReport>) {
     let ends = ends(feedback, false);
-    let options = ReceiveOptions { stall_timeout: STALL, feedback, ..Default::default() };
+    let options = ReceiveOptions { stall_timeout: PATIENCE, feedback, ..Default::default() };
     std::thread::scope(|scope| {
         let receiving = scope.spawn(move || {
             let mut destination = ImageDestination::new(target, ImageOptions::default()).unwrap();
             pcopy::receive(ends.receiver, &mut destination, &options, &Silent)
         });
-        let sent = send_original(source, quiesce, ends.sender, &send_options(STALL), &Silent);
+        let sent = send_original(source, quiesce, ends.sender, &send_options(PATIENCE), &Silent);
         (sent, receiving.join().unwrap())
     })
 }
@@ -117,7 +117,8 @@ fn stream_of(disk: &Path, answer: Option<&'static [u8]>) -> (Result<SendReport>,
         std::fs::File::from(input.unwrap()).read_to_end(&mut stream).unwrap();
         stream
     });
-    let sent = send_original(&mut source, &mut NothingToQuiesce, ends.sender, &send_options(STALL), &Silent);
+    let sent =
+        send_original(&mut source, &mut NothingToQuiesce, ends.sender, &send_options(PATIENCE), &Silent);
     (sent, collect.join().unwrap())
 }
 
@@ -187,12 +188,12 @@ fn a_receiver_that_goes_away_leaves_the_source_running() {
             let mut input = std::fs::File::from(ends.receiver.input.unwrap());
             input.read_exact(&mut vec![0; bytes]).unwrap();
         });
-        let sent = send_original(&mut source, &mut quiesce, ends.sender, &send_options(STALL), &Silent);
+        let sent = send_original(&mut source, &mut quiesce, ends.sender, &send_options(PATIENCE), &Silent);
         reading.join().unwrap();
         assert_eq!(sent.unwrap_err().kind(), ErrorKind::Write);
         assert_eq!(quiesce.freezes, quiesce.thaws);
         assert!(writer.is_alive());
-        assert!(served.disk.freeze(STALL).is_ok());
+        assert!(served.disk.freeze(PATIENCE).is_ok());
         drop((source, quiesce, writer));
         served.close();
     }
@@ -270,6 +271,7 @@ impl Source for Backwards {
             cluster_sectors: 64,
             image: ImageKind::Expanded,
             data_bytes: 0,
+            has_parent: false,
         }
     }
     fn start_tracking(&mut self) -> Result<()> {

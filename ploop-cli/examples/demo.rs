@@ -10,6 +10,8 @@
     reason = "shared with the tests: a failure ends it"
 )]
 
+#[path = "../../ploop-core/tests/patience/mod.rs"]
+mod patience;
 #[path = "../../ploop-core/tests/referee/mod.rs"]
 mod referee;
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
@@ -125,7 +127,7 @@ fn demonstrate() -> Result<()> {
 
     move_it(&stage, &source, &witness, &tree)?;
     exactly(&stage, &source)?;
-    if !witness.is_alive(Duration::from_secs(10)) {
+    if !witness.is_alive() {
         return Err("the writer on the source stands still".into());
     }
     witness.stop()?;
@@ -152,7 +154,7 @@ fn move_it(
     let (at_hook, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let (sent, received) = std::thread::scope(|scope| {
         scope.spawn(|| {
-            hook.answer(Duration::from_secs(50), &stop, || at_hook.store(witness.synced(), Ordering::SeqCst));
+            hook.answer(&stop, || at_hook.store(witness.synced(), Ordering::SeqCst));
         });
         let command = hook.command();
         let sender = ["copy", "--json", "-s", text(&source.point), "-F", &command];
@@ -169,7 +171,7 @@ fn move_it(
         .into());
     }
     let history = witness.history();
-    let alive = witness.is_alive(Duration::from_secs(10));
+    let alive = witness.is_alive();
     figures(&sent.events())?;
     say(format!(
         "     the writer's longest wait for one fsync: {:.1} ms",

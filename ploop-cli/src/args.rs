@@ -68,6 +68,7 @@ pub(crate) enum Command {
     Map(commands::map::Arguments),
     Info(commands::info::Arguments),
     List(commands::list::Arguments),
+    Stat(commands::stat::Arguments),
     Check(commands::check::Arguments),
     #[command(hide = true)]
     Fsck(commands::check::Arguments),
@@ -77,10 +78,33 @@ pub(crate) enum Command {
     SnapshotDelete(commands::snapshot_delete::Arguments),
     SnapshotMerge(commands::snapshot_merge::Arguments),
     SnapshotSwitch(commands::snapshot_switch::Arguments),
+    Merge(commands::merge::Arguments),
     Clone(commands::clone::Arguments),
     Diff(commands::diff::Arguments),
     #[command(hide = true, alias = "rm")]
     Delete(commands::delete::Arguments),
+    #[command(hide = true)]
+    Start(commands::refused::Arguments),
+    #[command(hide = true)]
+    Stop(commands::refused::Arguments),
+    #[command(hide = true)]
+    Clear(commands::refused::Arguments),
+    #[command(hide = true)]
+    TgInit(commands::refused::Arguments),
+    #[command(hide = true)]
+    TgDeinit(commands::refused::Arguments),
+    #[command(hide = true)]
+    TgStatus(commands::refused::Arguments),
+    #[command(hide = true)]
+    Degrade(commands::refused::Arguments),
+    #[command(hide = true)]
+    Shuffle(commands::refused::Arguments),
+    #[command(hide = true)]
+    Encrypt(commands::refused::Arguments),
+    #[command(hide = true)]
+    Fscheck(commands::refused::Arguments),
+    #[command(hide = true)]
+    Replace(commands::refused::Arguments),
     Man(commands::man::Arguments),
     Completions(commands::completions::Arguments),
     #[command(hide = true)]

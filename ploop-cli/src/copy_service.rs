@@ -17,26 +17,31 @@
 //! guardian thaws the file system.
 
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use pcopy::freeze::Quiesce;
 use pcopy::source::DiskSource;
+use pcopy::source_chain::BundleSnapshots;
 use pcopy::stats::{Event, SendReport};
 use pcopy::transport::{Cancel, Link};
-use pcopy::{Observer, SendOptions, Source, send, send_original};
+use pcopy::{Observer, SendOptions, send, send_chain, send_original};
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
-use ploop_core::device::runtime::Failure;
+use ploop_core::device::runtime::{Entry, Failure, OpenRequest};
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::job_service::Turns;
+use crate::job_service::{Cargo, Turns};
 use crate::leash;
 
 /// The verb of the control socket.
 pub(crate) const VERB: &str = "copy";
+/// The verb of a copy delta by delta: another one, so that a server that knows none refuses it rather than sends the
+/// content alone.
+pub(crate) const CHAIN_VERB: &str = "copy-chain";
 
 /// What a copy is asked for with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -64,19 +69,56 @@ pub(crate) struct Wishes {
     pub(crate) is_original: bool,
 }
 
+/// What is sent of an open disk.
+pub(crate) enum Freight {
+    /// What the guest sees.
+    Content(DiskSource),
+    /// Every delta: those of the snapshots, and that of the current state.
+    Deltas(Box<BundleSnapshots>, DiskSource),
+}
+
+impl Freight {
+    /// What of `disk` is sent: its deltas if it is known by which descriptor, else its content.
+    pub(crate) fn of(disk: &Arc<Disk>, descriptor_of_all: Option<&Path>) -> Result<Self> {
+        Ok(match descriptor_of_all {
+            None => Self::Content(DiskSource::new(disk)?),
+            Some(descriptor) => {
+                let snapshots = Box::new(BundleSnapshots::open(descriptor, &disk.chain())?);
+                Self::Deltas(snapshots, DiskSource::delta(disk)?)
+            }
+        })
+    }
+}
+
+/// The descriptor of a disk, all of whose deltas are to be sent.
+pub(crate) fn descriptor_of_all(request: &OpenRequest) -> Result<PathBuf> {
+    request.descriptor.clone().ok_or_else(|| {
+        Error::new(ErrorKind::Parameter, "only a disk with a descriptor has snapshots").advise(
+            "give its DiskDescriptor.xml, or mount it by that; or copy the content alone, without --chain",
+        )
+    })
+}
+
 impl Wishes {
     /// Sends as it is wanted.
     pub(crate) fn send(
         &self,
-        source: &mut dyn Source,
+        freight: &mut Freight,
         quiesce: &mut dyn Quiesce,
         link: Link,
         cancel: Cancel,
         observer: &dyn Observer,
     ) -> Result<SendReport> {
         let options = self.send_options(cancel);
-        let send = if self.is_original { send_original } else { send };
-        send(source, quiesce, link, &options, observer)
+        match freight {
+            Freight::Content(source) if self.is_original => {
+                send_original(source, quiesce, link, &options, observer)
+            }
+            Freight::Content(source) => send(source, quiesce, link, &options, observer),
+            Freight::Deltas(snapshots, source) => {
+                send_chain(&mut **snapshots, source, quiesce, link, &options, observer)
+            }
+        }
     }
 
     /// The options of the sender.
@@ -177,18 +219,20 @@ impl Quiesce for RemoteQuiesce<'_> {
 /// The copies of one served disk: one at a time.
 pub(crate) struct CopyService {
     disk: Arc<Disk>,
+    entry: Entry,
     turns: Arc<Turns>,
 }
 
 impl CopyService {
-    /// Copies of `disk`; `turns` says what else may run.
-    pub(crate) fn new(disk: Arc<Disk>, turns: Arc<Turns>) -> Self {
-        Self { disk, turns }
+    /// Copies of `disk`, whose record is in `entry`; `turns` says what else may run.
+    pub(crate) fn new(disk: Arc<Disk>, entry: Entry, turns: Arc<Turns>) -> Self {
+        Self { disk, entry, turns }
     }
 
-    /// Serves one request, to its end.
+    /// Serves one request for a copy of that, to its end.
     pub(crate) fn serve(
         &self,
+        cargo: Cargo,
         connection: &Connection,
         arguments: Value,
         descriptors: Vec<OwnedFd>,
@@ -202,17 +246,24 @@ impl CopyService {
             return Err(Error::new(ErrorKind::Parameter, "a copy came with other descriptors than it needs"));
         };
         let cancel = Cancel::new()?;
-        let _turn = self.turns.copy(&cancel)?;
+        let _turn = self.turns.copy(cargo, &cancel)?;
         leash::watch(leash, cancel.clone())?;
         let observer = |event: &Event| {
             if connection.send(event, &[]).is_err() {
                 cancel.cancel();
             }
         };
-        let mut source = DiskSource::new(&self.disk)?;
+        let descriptor = match cargo {
+            Cargo::Content => None,
+            Cargo::Deltas if request.wishes.is_original => {
+                return Err(Error::new(ErrorKind::Parameter, "the original's stream takes no snapshots"));
+            }
+            Cargo::Deltas => Some(descriptor_of_all(&self.entry.state()?.open)?),
+        };
+        let mut freight = Freight::of(&self.disk, descriptor.as_deref())?;
         let link = Link { input, output: Some(output) };
         let mut quiesce = RemoteQuiesce { connection };
-        let report = request.wishes.send(&mut source, &mut quiesce, link, cancel.clone(), &observer)?;
+        let report = request.wishes.send(&mut freight, &mut quiesce, link, cancel.clone(), &observer)?;
         to_value(&report)
     }
 }

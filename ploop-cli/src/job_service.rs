@@ -15,7 +15,7 @@
 //! A server that dies ends the work, too; its successor does not go on with it. What was moved by then is moved.
 //!
 //! [`Turns`] decides what may run at the same time on one disk: one copy and one job, and of these two each only if
-//! the job may run beside a copy. Whoever does not fit is answered `Busy` (17) at once.
+//! the job may run beside such a copy. Whoever does not fit is answered `Busy` (17) at once.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,8 +29,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::leash;
 use crate::progress::{Job, Meter};
+use crate::{copy_service, leash};
 
 /// What a job is asked for with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,13 +47,36 @@ struct JobRequest {
 pub(crate) enum Company {
     /// No copy: the job changes what a copy relies on (the size of the disk, its chain).
     Alone,
-    /// A copy: the guest sees the same bytes at every moment.
+    /// A copy of the content: the guest sees the same bytes at every moment. Not one delta by delta: the job changes which
+    /// deltas there are.
+    BesideCopyOfContent,
+    /// Any copy: the guest sees the same bytes at every moment, in the same deltas.
     BesideCopy,
+}
+
+/// What a copy takes with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cargo {
+    /// What the guest sees.
+    Content,
+    /// Every delta of the disk.
+    Deltas,
+}
+
+impl Company {
+    /// Whether the job may run beside such a copy.
+    fn bears(self, cargo: Cargo) -> bool {
+        match self {
+            Self::Alone => false,
+            Self::BesideCopyOfContent => cargo == Cargo::Content,
+            Self::BesideCopy => true,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
 struct Running {
-    copy: Option<Cancel>,
+    copy: Option<(Cargo, Cancel)>,
     job: Option<(&'static str, Company, Cancel)>,
     /// The disk is being closed.
     is_ended: bool,
@@ -96,13 +119,13 @@ impl Turns {
     }
 
     /// The place of a copy, which `cancel` ends.
-    pub(crate) fn copy(self: &Arc<Self>, cancel: &Cancel) -> Result<Turn> {
+    pub(crate) fn copy(self: &Arc<Self>, cargo: Cargo, cancel: &Cancel) -> Result<Turn> {
         let mut running = self.lock();
         running.check()?;
         match running.job {
             _ if running.copy.is_some() => return Err(busy("another copy")),
-            Some((verb, Company::Alone, _)) => return Err(busy(&format!("a {verb}"))),
-            _ => running.copy = Some(cancel.clone()),
+            Some((verb, company, _)) if !company.bears(cargo) => return Err(busy(&format!("a {verb}"))),
+            _ => running.copy = Some((cargo, cancel.clone())),
         }
         Ok(Turn { turns: Arc::clone(self), is_copy: true })
     }
@@ -117,10 +140,20 @@ impl Turns {
         running.check()?;
         match running.job {
             Some((other, _, _)) => return Err(busy(&format!("a {other}"))),
-            None if running.copy.is_some() && company == Company::Alone => return Err(busy("a copy")),
+            None if running.copy.as_ref().is_some_and(|(cargo, _)| !company.bears(*cargo)) => {
+                return Err(busy("a copy"));
+            }
             None => running.job = Some((verb, company, cancel.clone())),
         }
         Ok(Turn { turns: Arc::clone(self), is_copy: false })
+    }
+
+    /// The verbs of what works on the disk now: `copy`, and that of a job.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let running = self.lock();
+        let copy = running.copy.is_some().then_some(copy_service::VERB);
+        let job = running.job.as_ref().map(|&(verb, _, _)| verb);
+        copy.into_iter().chain(job).map(str::to_owned).collect()
     }
 
     /// The disk is to be closed: cancels what runs, lets nothing begin any more, and waits for the ends, `time_max` at
@@ -128,7 +161,10 @@ impl Turns {
     pub(crate) fn end(&self, time_max: Duration) {
         let mut running = self.lock();
         running.is_ended = true;
-        let cancels = [running.copy.as_ref(), running.job.as_ref().map(|(_, _, cancel)| cancel)];
+        let cancels = [
+            running.copy.as_ref().map(|(_, cancel)| cancel),
+            running.job.as_ref().map(|(_, _, cancel)| cancel),
+        ];
         cancels.into_iter().flatten().for_each(Cancel::cancel);
         let goes_on = |running: &mut Running| running.copy.is_some() || running.job.is_some();
         drop(self.changed.wait_timeout_while(running, time_max, goes_on));
@@ -173,7 +209,7 @@ pub(crate) fn serve<A: DeserializeOwned, R: Serialize>(
 
 /// Lets the server of a disk do a job and shows what it tells; the report.
 pub(crate) fn ask(entry: &Entry, verb: &str, arguments: &impl Serialize, job: &Job) -> Result<Value> {
-    let connection = Connection::open(&entry.socket())?;
+    let connection = crate::serving::connect(entry)?;
     let leash = leash::hold(job.cancel())?;
     let arguments = serde_json::to_value(arguments)
         .map_err(|cause| Error::io(ErrorKind::System, "write a request", cause.into()))?;
@@ -196,16 +232,39 @@ mod tests {
         let (one, other) = (("compact", Company::BesideCopy), ("resize", Company::Alone));
         let compact = turns.job(one, &cancel).unwrap();
         assert_eq!(turns.job(other, &cancel).unwrap_err().kind(), ErrorKind::Busy);
-        let copy = turns.copy(&cancel).unwrap();
-        assert!(turns.copy(&cancel).unwrap_err().to_string().contains("another copy"));
+        let copy = turns.copy(Cargo::Content, &cancel).unwrap();
+        assert_eq!(turns.names(), ["copy", "compact"]);
+        assert!(turns.copy(Cargo::Content, &cancel).unwrap_err().to_string().contains("another copy"));
         drop(compact);
         assert!(turns.job(other, &cancel).unwrap_err().to_string().contains("a copy"));
         drop(copy);
         let resize = turns.job(other, &cancel).unwrap();
-        assert!(turns.copy(&cancel).unwrap_err().to_string().contains("resize"));
+        assert!(turns.copy(Cargo::Content, &cancel).unwrap_err().to_string().contains("resize"));
         drop(resize);
-        turns.copy(&cancel).unwrap();
+        turns.copy(Cargo::Content, &cancel).unwrap();
+        assert!(turns.names().is_empty());
         assert!(!cancel.is_cancelled());
+    }
+
+    #[test]
+    fn a_copy_of_deltas_keeps_out_what_changes_them() {
+        let turns = Arc::new(Turns::default());
+        let cancel = Cancel::new().unwrap();
+        let snapshot = ("snapshot", crate::snapshot_service::COMPANY);
+        let copy = turns.copy(Cargo::Content, &cancel).unwrap();
+        drop(turns.job(snapshot, &cancel).unwrap());
+        drop(copy);
+        let copy = turns.copy(Cargo::Deltas, &cancel).unwrap();
+        let refused = turns.job(snapshot, &cancel).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Busy);
+        assert!(refused.to_string().contains("a copy"), "{refused}");
+        drop(turns.job(("compact", Company::BesideCopy), &cancel).unwrap());
+        drop(copy);
+        let job = turns.job(snapshot, &cancel).unwrap();
+        assert_eq!(turns.copy(Cargo::Deltas, &cancel).unwrap_err().kind(), ErrorKind::Busy);
+        turns.copy(Cargo::Content, &cancel).unwrap();
+        drop(job);
+        turns.copy(Cargo::Deltas, &cancel).unwrap();
     }
 
     #[test]
@@ -223,7 +282,7 @@ mod tests {
         });
         turns.end(Duration::from_secs(60));
         assert!(turns.lock().job.is_none(), "it was not waited for");
-        assert_eq!(turns.copy(&cancel).unwrap_err().kind(), ErrorKind::Busy);
+        assert_eq!(turns.copy(Cargo::Content, &cancel).unwrap_err().kind(), ErrorKind::Busy);
         job.join().unwrap();
     }
 
@@ -263,7 +322,7 @@ mod tests {
         }
         let steps: u64 = if cancelled_after.is_some() { 600_000 } else { 20 };
         let answer = ask(&entry, "work", &steps, &job);
-        assert!(seen.copy(&Cancel::new().unwrap()).is_ok(), "the turn was given back");
+        assert!(seen.copy(Cargo::Content, &Cancel::new().unwrap()).is_ok(), "the turn was given back");
         drop(server);
         answer
     }

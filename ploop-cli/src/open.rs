@@ -138,7 +138,7 @@ fn descriptor_of(image: &Path) -> Result<Option<PathBuf>> {
 /// Reads a descriptor and opens the folder it lies in.
 pub(crate) fn load(path: &Path) -> Result<(DirectoryFolder, DiskDescriptor)> {
     let folder = DirectoryFolder::open(path.parent().unwrap_or(Path::new("/")))?;
-    let descriptor = DiskDescriptor::load(&folder, Some(path))?;
+    let descriptor = DiskDescriptor::load(&folder, path.parent())?;
     Ok((folder, descriptor))
 }
 

@@ -32,6 +32,10 @@ const NAP_MAX: Duration = Duration::from_millis(50);
 #[derive(Debug, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Seen {
+    DeltaStarted {
+        delta: u32,
+        deltas: u32,
+    },
     PassStarted {
         pass: u32,
         #[serde(default)]
@@ -88,6 +92,8 @@ struct Bars {
     present: Option<ProgressBar>,
     /// What the present bar is about.
     name: String,
+    /// Which frozen delta the next pass is about.
+    delta: Option<String>,
 }
 
 impl Progress {
@@ -96,7 +102,7 @@ impl Progress {
         let mode = if output.is_json() {
             Mode::Json
         } else if io::stderr().is_terminal() && output.verbosity() >= 0 {
-            Mode::Bars(Mutex::new(Bars { present: None, name: String::new() }))
+            Mode::Bars(Mutex::new(Bars { present: None, name: String::new(), delta: None }))
         } else {
             Mode::Silent
         };
@@ -144,7 +150,14 @@ impl Drop for Progress {
 impl Bars {
     fn show(&mut self, seen: Seen) {
         match seen {
+            Seen::DeltaStarted { delta, deltas } => {
+                self.delta = (delta < deltas).then(|| format!("delta {delta} of {deltas}"));
+            }
             Seen::PassStarted { pass, kind, expected_bytes } => {
+                if let Some(name) = self.delta.take() {
+                    self.begin(name, expected_bytes);
+                    return;
+                }
                 let kind = kind.map_or_else(String::new, |kind| format!(" {kind}"));
                 self.begin(format!("pass {pass}{kind}"), expected_bytes);
             }

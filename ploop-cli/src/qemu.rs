@@ -8,15 +8,20 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use clap::ValueEnum;
-use ploop_core::io::Folder;
 use ploop_core::io::file::DirectoryFolder;
+use ploop_core::io::{Folder, temporary};
 use ploop_core::{Error, ErrorKind, Result};
 use serde_json::Value;
+
+mod options;
+
+pub(crate) use options::Layout;
 
 /// Name of the program.
 const QEMU_IMG: &str = "qemu-img";
@@ -125,20 +130,13 @@ fn stands_on_others(told: &Value, path: &Path) -> bool {
 }
 
 /// Writes the raw disk `from` into the new file `to`.
-pub(crate) fn convert_to(from: &Path, format: DiskFormat, to: &Path) -> Result<()> {
+pub(crate) fn convert_to(from: &Path, format: DiskFormat, layout: &Layout, to: &Path) -> Result<()> {
     let format = format.to_string();
-    let line: [&OsStr; 10] = [
-        "convert".as_ref(),
-        "-f".as_ref(),
-        "raw".as_ref(),
-        "-O".as_ref(),
-        format.as_ref(),
-        "-t".as_ref(),
-        "writeback".as_ref(),
-        "--".as_ref(),
-        from.as_os_str(),
-        to.as_os_str(),
-    ];
+    let layout = layout.arguments();
+    let mut line: Vec<&OsStr> =
+        ["convert", "-f", "raw", "-O", &format, "-t", "writeback"].map(OsStr::new).to_vec();
+    line.extend(layout.iter().map(OsStr::new));
+    line.extend(["--".as_ref(), from.as_os_str(), to.as_os_str()]);
     run(&line).map(drop)
 }
 
@@ -166,11 +164,13 @@ pub(crate) fn convert_from(from: &Path, format: DiskFormat, to: &Path) -> Result
 pub(crate) struct Unfinished {
     path: PathBuf,
     folder: PathBuf,
+    /// Says, as long as it is open, that the file is no left-over.
+    held: File,
     finished: bool,
 }
 
 impl Unfinished {
-    /// A name beside `target` that nobody has. The file itself is made by whoever writes it.
+    /// An empty file beside `target`, to be written over. What killed programs left of `target` is removed.
     pub(crate) fn beside(target: &Path) -> Result<Self> {
         let folder = match target.parent() {
             Some(parent) if parent != Path::new("") => parent,
@@ -182,8 +182,22 @@ impl Unfinished {
             .file_name()
             .and_then(OsStr::to_str)
             .ok_or_else(|| Error::new(ErrorKind::Parameter, "export: this names no file").at_path(target))?;
-        let path = folder.join(format!("{name}.tmp.{}", uuid::Uuid::new_v4().simple()));
-        Ok(Self { path, folder, finished: false })
+        temporary::remove_left_over(&DirectoryFolder::open(&folder)?, name).map_err(|cause| {
+            Error::io(ErrorKind::Stat, "export: look for what an earlier one left", cause).at_path(&folder)
+        })?;
+        loop {
+            let path = folder.join(format!("{name}.tmp.{}", uuid::Uuid::new_v4().simple()));
+            let held =
+                File::options().read(true).write(true).create_new(true).mode(0o600).open(&path).map_err(
+                    |cause| Error::io(ErrorKind::Create, "make the new file", cause).at_path(&path),
+                )?;
+            // Where there are no locks nobody removes it either.
+            let is_ours = temporary::hold(held.as_fd()).unwrap_or(true);
+            // Between the two steps somebody may have taken it for a left-over.
+            if is_ours && path.symlink_metadata().is_ok() {
+                return Ok(Self { path, folder, held, finished: false });
+            }
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -196,9 +210,9 @@ impl Unfinished {
             let what = format!("export: {what}");
             move |cause| Error::io(kind, what, cause)
         };
-        let file = File::open(&self.path).map_err(failed(ErrorKind::Open, "open the new file"))?;
-        file.sync_all().map_err(failed(ErrorKind::Sync, "sync the new file"))?;
-        let host_bytes = file
+        self.held.sync_all().map_err(failed(ErrorKind::Sync, "sync the new file"))?;
+        let host_bytes = self
+            .held
             .metadata()
             .map_err(failed(ErrorKind::Stat, "measure the new file"))?
             .blocks()
@@ -257,5 +271,17 @@ mod tests {
         second.finish(&target).unwrap_err();
         assert_eq!(fs::read(&target).unwrap(), b"whole");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_one_left_is_removed_and_what_is_being_written_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("disk.qcow2");
+        let left = folder.path().join("disk.qcow2.tmp.0123456789abcdef0123456789abcdef");
+        fs::write(&left, "half").unwrap();
+        let first = Unfinished::beside(&target).unwrap();
+        assert!(!left.exists());
+        let second = Unfinished::beside(&target).unwrap();
+        assert!(first.path().exists() && second.path().exists());
     }
 }

@@ -60,12 +60,23 @@ pub(crate) struct Status {
     pub(crate) poisoned: bool,
     /// Entries not yet in the table on disk.
     pub(crate) pending_entries: u64,
+    /// Whether requests are answered and the keeper knows it, so that a successor may follow.
+    #[serde(default = "always")]
+    pub(crate) ready: bool,
+    /// What works on the disk now, by the verbs of the commands.
+    #[serde(default)]
+    pub(crate) jobs: Vec<String>,
     /// The image that is written to.
     #[serde(default)]
     pub(crate) top_image: Option<PathBuf>,
     /// How it uses its file; what its table in memory says.
     #[serde(default)]
     pub(crate) space: Option<Space>,
+}
+
+/// What a server that does not say so means.
+fn always() -> bool {
+    true
 }
 
 /// A disk that is served.
@@ -148,7 +159,7 @@ fn open_log(entry: &Entry) -> io::Result<File> {
     fs::OpenOptions::new().create(true).append(true).mode(0o600).open(entry.log_file())
 }
 
-/// Waits until the server answers, as long as there is a keeper.
+/// Waits until the server serves, as long as there is a keeper.
 fn wait_until_ready(entry: &Entry, keeper: &mut Child) -> Result<()> {
     loop {
         let ended =
@@ -163,7 +174,7 @@ fn wait_until_ready(entry: &Entry, keeper: &mut Child) -> Result<()> {
                 format!("the keeper ended ({status}): {}", tail.trim()),
             ));
         }
-        if entry.socket().exists() && status_of(entry).is_ok() {
+        if entry.socket().exists() && status_of(entry).is_ok_and(|status| status.ready) {
             return Ok(());
         }
         std::thread::sleep(POLL);
@@ -177,6 +188,25 @@ fn log_tail(entry: &Entry) -> io::Result<String> {
     let mut tail = Vec::new();
     file.take(LOG_TAIL_BYTES).read_to_end(&mut tail)?;
     Ok(String::from_utf8_lossy(&tail).into_owned())
+}
+
+/// Connects to the server of a disk for a command. One that does not listen though its keeper runs is on its way: the
+/// mount waits for something, or a server succeeds another.
+pub(crate) fn connect(entry: &Entry) -> Result<Connection> {
+    Connection::open(&entry.socket()).map_err(|error| {
+        let is_on_its_way = entry
+            .state()
+            .is_ok_and(|state| state.failure.is_none() && (state.is_running() || state.keeper.is_none()));
+        if error.kind() != ErrorKind::Device || !is_on_its_way {
+            return error;
+        }
+        Error::new(ErrorKind::Busy, "the disk is just being mounted, or its server is just being replaced")
+            .at_path(entry.path())
+            .advise(
+                "wait until `ploop list` shows it running, then run the same command again; if it stays as it is, \
+                 `ploop umount` ends the attempt",
+            )
+    })
 }
 
 /// Asks the server how it is.

@@ -37,7 +37,8 @@ pub(crate) struct ImageSize {
 pub(crate) fn find(name: &Path, raw: bool) -> Result<Target> {
     let runtime = Runtime::of_user()?;
     if let Some(state) = runtime.find(name)? {
-        if !state.is_running() {
+        // Without a keeper it is just being started, which its server's silence will tell.
+        if !state.is_running() && (state.keeper.is_some() || state.failure.is_some()) {
             return Err(Error::new(ErrorKind::Device, "the server of this disk has died")
                 .at_path(name)
                 .advise(format!("clear what it left with: ploop umount {}", name.display())));

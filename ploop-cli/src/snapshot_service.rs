@@ -11,7 +11,8 @@
 //! As in a copy, everything that may wait for the mounted file system is done by the command: its sync, its freeze, its
 //! thaw; its guardian thaws when it dies. Without a mounted file system, or when it is not to be frozen, there is nothing
 //! to ask. Deleting is a [job](crate::job_service): it shows its progress, keeps a rate limit, and is cancelled with its
-//! command. Both exclude each other and other jobs, not a copy: what the guest sees does not change.
+//! command. Both exclude each other, other jobs, and a copy of all deltas; not one of the content: what the guest sees does
+//! not change.
 //!
 //! The server opens no path that a request names: the folder is that of the descriptor it serves.
 
@@ -27,8 +28,8 @@ use ploop_core::device::runtime::{self, Entry, ImageFile, State};
 use ploop_core::format::Guid;
 use ploop_core::io::file::Caching;
 use ploop_core::ops::DescriptorLock;
-use ploop_core::ops::descriptor_lock::LOCK_TIMEOUT;
-use ploop_core::ops::live::{self, DeleteOptions, RunningBundle, SnapshotOptions, Writers};
+use ploop_core::ops::descriptor_lock::lock_timeout;
+use ploop_core::ops::live::{self, DeleteOptions, MergeNewOptions, RunningBundle, SnapshotOptions, Writers};
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -42,6 +43,12 @@ use crate::progress::Job;
 pub(crate) const SNAPSHOT: &str = "snapshot";
 /// The verb that deletes one.
 pub(crate) const DELETE: &str = "snapshot-delete";
+
+/// The verb that merges states into a new file.
+pub(crate) const MERGE: &str = "snapshot-merge";
+
+/// What may run beside these: all of them change which deltas there are.
+pub(crate) const COMPANY: Company = Company::BesideCopyOfContent;
 
 /// What a snapshot is asked for with.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -59,6 +66,17 @@ pub(crate) struct SnapshotRequest {
 pub(crate) struct DeleteRequest {
     /// Which.
     pub(crate) snapshot: String,
+}
+
+/// What a merge into a new file is asked for with.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct MergeRequest {
+    /// The lowest of the states that become one. As text: a GUID.
+    pub(crate) lower: String,
+    /// The highest, which stays.
+    pub(crate) upper: String,
+    /// Name of the new file in the folder of the disk.
+    pub(crate) file: String,
 }
 
 /// The file system above, as the command at the other end of the connection sees it.
@@ -99,7 +117,7 @@ impl SnapshotService {
         })?;
         let snapshot = request.snapshot.as_deref().map(str::parse::<Guid>).transpose()?;
         // Not cancelled when the disk is closed: it is done in moments, and waited for.
-        let _turn = self.turns.job((SNAPSHOT, Company::BesideCopy), &Cancel::new()?)?;
+        let _turn = self.turns.job((SNAPSHOT, COMPANY), &Cancel::new()?)?;
         let (_lock, bundle) = self.bundle()?;
         let mut writers = RemoteWriters(RemoteQuiesce { connection });
         let options =
@@ -119,12 +137,34 @@ impl SnapshotService {
     ) -> Result<Value> {
         job_service::serve(
             &self.turns,
-            (DELETE, Company::BesideCopy),
+            (DELETE, COMPANY),
             (connection, arguments, descriptors),
             |request: DeleteRequest, progress| {
                 let options = DeleteOptions::new(request.snapshot.parse()?);
                 let (_lock, bundle) = self.bundle()?;
                 let report = live::delete(&self.disk, &bundle, progress, &options)?;
+                self.remember()?;
+                Ok(report)
+            },
+        )
+    }
+
+    /// Merges some into a new file.
+    pub(crate) fn merge(
+        &self,
+        connection: &Connection,
+        arguments: Value,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Value> {
+        job_service::serve(
+            &self.turns,
+            (MERGE, COMPANY),
+            (connection, arguments, descriptors),
+            |request: MergeRequest, progress| {
+                let (lower, upper) = (request.lower.parse()?, request.upper.parse()?);
+                let (_lock, bundle) = self.bundle()?;
+                let options = MergeNewOptions::new(lower, upper, request.file);
+                let report = live::merge_new(&self.disk, &bundle, progress, &options)?;
                 self.remember()?;
                 Ok(report)
             },
@@ -141,7 +181,7 @@ impl SnapshotService {
             .advise("mount it by its DiskDescriptor.xml"));
         };
         let folder = descriptor.parent().unwrap_or(Path::new("/"));
-        let lock = DescriptorLock::take(&descriptor, LOCK_TIMEOUT)?;
+        let lock = DescriptorLock::take(&descriptor, lock_timeout())?;
         Ok((lock, RunningBundle::open(folder, Caching::Direct)?))
     }
 
@@ -177,7 +217,7 @@ pub(crate) fn ask_snapshot(
         ..QuiesceOptions::default()
     };
     let mut quiesce = LocalQuiesce::new(options, None)?;
-    let connection = Connection::open(&entry.socket())?;
+    let connection = crate::serving::connect(entry)?;
     connection.request(SNAPSHOT, request, &[])?;
     connection.answer(SNAPSHOT, None, |message| {
         if let Ok(ask) = serde_json::from_value::<Ask>(message) {
@@ -190,4 +230,9 @@ pub(crate) fn ask_snapshot(
 /// Lets the server of a disk delete a snapshot, and shows how far it is; the report.
 pub(crate) fn ask_delete(entry: &Entry, snapshot: &str, job: &Job) -> Result<Value> {
     job_service::ask(entry, DELETE, &DeleteRequest { snapshot: snapshot.to_owned() }, job)
+}
+
+/// Lets the server of a disk merge states into a new file, and shows how far it is; the report.
+pub(crate) fn ask_merge(entry: &Entry, request: &MergeRequest, job: &Job) -> Result<Value> {
+    job_service::ask(entry, MERGE, request, job)
 }

@@ -1,7 +1,6 @@
 //! What the commands on snapshots share: which disk is meant, whether a server must be asked, and names.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use ploop_core::device::runtime::{Entry, Runtime, State};
 use ploop_core::format::{DESCRIPTOR_NAME, DiskDescriptor, Guid};
@@ -10,7 +9,7 @@ use ploop_core::{Error, ErrorKind, Result};
 use crate::open;
 
 /// How long the descriptor's lock is waited for, as in the original.
-pub(crate) const LOCK_TIMEOUT: Duration = ploop_core::ops::descriptor_lock::LOCK_TIMEOUT;
+pub(crate) use ploop_core::ops::descriptor_lock::lock_timeout;
 
 /// A disk with a descriptor, and the server that writes to it, if one does.
 pub(crate) struct Target {

@@ -49,11 +49,37 @@ pub enum Mutant {
     InPlaceUnsynced,
     /// A freed place punched while a read that began with a former chain may use it.
     FormerReadsForgotten,
+    /// A new image named by the descriptor without having been synced.
+    NewImageUnsynced,
+    /// A new image named by the descriptor while its own name is not durable.
+    NewNameUnsynced,
+    /// A new image made whose name the descriptor does not announce: nobody knows what a crash leaves of it.
+    NotAnnounced,
+    /// A snapshot merged into while the descriptor still calls it a state of the disk.
+    MergeUnmarked,
+    /// The table of a merge's target written before the clusters it points to are durable.
+    MergedTableEarly,
+    /// A merge committed before it is done.
+    CommitBeforeMerge,
+    /// The file of a state removed before the descriptor does without it.
+    RemovedBeforeCommit,
+    /// An image made smaller before the descriptor says so.
+    SmallerBeforeDescriptor,
+    /// The descriptor calls the disk larger before its image is.
+    LargerBeforeImage,
+    /// The tail cut off while the table that no longer points there is not durable.
+    CutBeforeTableSync,
+    /// A conversion that does not say beforehand which files are its own.
+    ConvertUnplanned,
+    /// A top that grows does not hide what a larger delta below it holds.
+    GrownUnhidden,
+    /// A flush answered after a new chain took over and before its descriptor is durable.
+    FlushBeforeSettled,
 }
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 34] = [
         Self::TableBeforeContentSync,
         Self::NoContentSync,
         Self::SingleSync,
@@ -75,6 +101,19 @@ impl Mutant {
         Self::HeaderBeforeTableSync,
         Self::InPlaceUnsynced,
         Self::FormerReadsForgotten,
+        Self::NewImageUnsynced,
+        Self::NewNameUnsynced,
+        Self::NotAnnounced,
+        Self::MergeUnmarked,
+        Self::MergedTableEarly,
+        Self::CommitBeforeMerge,
+        Self::RemovedBeforeCommit,
+        Self::SmallerBeforeDescriptor,
+        Self::LargerBeforeImage,
+        Self::CutBeforeTableSync,
+        Self::ConvertUnplanned,
+        Self::GrownUnhidden,
+        Self::FlushBeforeSettled,
     ];
 }
 

@@ -474,13 +474,13 @@ fn mirror(disk: &Arc<Disk>, choice: QueueChoice, stop: &AtomicBool) {
         harvest(&mut client);
     }
     for _ in 0..3 {
-        let frozen = disk.freeze(Duration::from_secs(20)).unwrap();
+        let frozen = disk.freeze(Duration::from_secs(300)).unwrap();
         harvest(&mut client);
         assert!(tracker.is_clean(), "a mark came after the gate had drained");
         drop(frozen);
         harvest(&mut client);
     }
-    let frozen = disk.freeze(Duration::from_secs(20)).unwrap();
+    let frozen = disk.freeze(Duration::from_secs(300)).unwrap();
     harvest(&mut client);
     let all = client.read(Extent::between(0, REAL_SECTORS * 512)).unwrap();
     assert!(all.as_slice() == mirror, "the mirror differs from the frozen disk");
@@ -518,7 +518,8 @@ fn real_files(choice: QueueChoice, caching: Caching) {
             .collect();
         let mirroring = scope.spawn(|| mirror(&disk, choice, &stop));
         for _ in 0..20 {
-            drop(disk.freeze(Duration::from_secs(20)));
+            drop(disk.freeze(Duration::from_secs(300)));
+            // Between two freezes the workers come on.
             std::thread::sleep(Duration::from_millis(2));
         }
         for worker in workers {

@@ -8,7 +8,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+
+mod patience;
 
 use ploop_core::Extent;
 use ploop_core::format::stored_bitmap::{self, DirtyBits, Loaded};
@@ -254,12 +255,10 @@ fn stored_bitmaps_are_what_qemu_reads() {
         .spawn()
         .unwrap();
     let mut server = Served(server);
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !socket.exists() {
+    patience::wait_until("qemu-nbd answers", || {
         assert!(server.0.try_wait().unwrap().is_none(), "qemu-nbd refuses our image");
-        assert!(Instant::now() < deadline, "qemu-nbd does not answer");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+        socket.exists()
+    });
     let options = format!(
         "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{name}",
         socket.display()

@@ -1,8 +1,8 @@
 //! Payloads of the frames: fixed layouts, every field within its limits.
 
 use super::{
-    ABORT_TEXT_BYTES_MAX, DIGEST_BYTES, DISK_BYTES_LIMIT, Digest, MAGIC, PAYLOAD_BYTES_LIMIT,
-    PROTOCOL_VERSION, SECTOR_BYTES, WINDOW_BYTES_LIMIT, WINDOW_BYTES_MIN, WireError,
+    ABORT_TEXT_BYTES_MAX, DELTAS_LIMIT, DELTAS_VERSION, DIGEST_BYTES, DISK_BYTES_LIMIT, Digest, FLAT_VERSION,
+    MAGIC, PAYLOAD_BYTES_LIMIT, SECTOR_BYTES, WINDOW_BYTES_LIMIT, WINDOW_BYTES_MIN, WireError,
 };
 
 /// Fields in a fixed number of bytes, whose length was checked.
@@ -30,7 +30,7 @@ impl Fields<'_> {
     }
 }
 
-fn expect_length(payload: &[u8], bytes: usize, name: &'static str) -> Result<(), WireError> {
+pub(super) fn expect_length(payload: &[u8], bytes: usize, name: &'static str) -> Result<(), WireError> {
     if payload.len() == bytes { Ok(()) } else { Err(WireError::Field(name)) }
 }
 
@@ -43,6 +43,25 @@ pub enum ImageKind {
     Raw,
     /// A ploop image with all its clusters in place.
     Preallocated,
+}
+
+/// The byte that stands for a kind of image.
+pub(super) fn image_byte(image: ImageKind) -> u8 {
+    match image {
+        ImageKind::Expanded => 0,
+        ImageKind::Raw => 1,
+        ImageKind::Preallocated => 2,
+    }
+}
+
+/// The kind of image that a byte stands for.
+pub(super) fn image_kind(byte: u8) -> Result<ImageKind, WireError> {
+    match byte {
+        0 => Ok(ImageKind::Expanded),
+        1 => Ok(ImageKind::Raw),
+        2 => Ok(ImageKind::Preallocated),
+        _ => Err(WireError::Field("image kind")),
+    }
 }
 
 /// Payload of `Hello`.
@@ -66,6 +85,8 @@ pub struct Hello {
     pub payload_bytes_max: u32,
     /// Bytes of disk that hold data, as far as the sender knows; 0 when it does not.
     pub data_bytes: u64,
+    /// Deltas that follow, the current state's among them; 0 in a stream of the content alone.
+    pub deltas: u32,
 }
 
 impl Hello {
@@ -73,24 +94,25 @@ impl Hello {
     pub const BYTES: usize = 80;
     const TWO_WAY: u16 = 1;
 
+    /// The version of the stream: a receiver that knows nothing of deltas refuses them at once.
+    pub fn protocol_version(&self) -> u16 {
+        if self.deltas > 0 { DELTAS_VERSION } else { FLAT_VERSION }
+    }
+
     /// The payload as it travels.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(Self::BYTES);
         bytes.extend(MAGIC);
-        bytes.extend(PROTOCOL_VERSION.to_le_bytes());
+        bytes.extend(self.protocol_version().to_le_bytes());
         bytes.extend((if self.two_way { Self::TWO_WAY } else { 0 }).to_le_bytes());
         bytes.extend(self.cluster_sectors.to_le_bytes());
         bytes.extend(self.disk_bytes.to_le_bytes());
-        let image = match self.image {
-            ImageKind::Expanded => 0,
-            ImageKind::Raw => 1,
-            ImageKind::Preallocated => 2,
-        };
-        bytes.extend([self.version, image, 0, 0]);
+        bytes.extend([self.version, image_byte(self.image), 0, 0]);
         bytes.extend(self.payload_bytes_max.to_le_bytes());
         bytes.extend(self.copy_id);
         bytes.extend(self.window_bytes.to_le_bytes());
         bytes.extend(self.data_bytes.to_le_bytes());
+        bytes.extend(self.deltas.to_le_bytes());
         bytes.resize(Self::BYTES, 0);
         bytes
     }
@@ -102,28 +124,28 @@ impl Hello {
         if fields.array::<8>() != MAGIC {
             return Err(WireError::Magic);
         }
-        let version = fields.u16();
-        if version != PROTOCOL_VERSION {
-            return Err(WireError::Version(version));
+        let protocol = fields.u16();
+        if !(FLAT_VERSION..=DELTAS_VERSION).contains(&protocol) {
+            return Err(WireError::Version(protocol));
         }
         let flags = fields.u16();
         let cluster_sectors = fields.u32();
         let disk_bytes = fields.u64();
         let version = fields.u8();
-        let image = match fields.u8() {
-            0 => ImageKind::Expanded,
-            1 => ImageKind::Raw,
-            2 => ImageKind::Preallocated,
-            _ => return Err(WireError::Field("image kind")),
-        };
+        let image = image_kind(fields.u8())?;
         let reserved = fields.u16();
         let payload_bytes_max = fields.u32();
         let copy_id = fields.array();
         let window_bytes = fields.u64();
         let data_bytes = fields.u64();
-        let rest: [u8; 16] = fields.array();
-        if flags & !Self::TWO_WAY != 0 || reserved != 0 || rest != [0; 16] {
+        let deltas = fields.u32();
+        let rest: [u8; 12] = fields.array();
+        let says_deltas = protocol == DELTAS_VERSION;
+        if flags & !Self::TWO_WAY != 0 || reserved != 0 || rest != [0; 12] || !says_deltas && deltas != 0 {
             return Err(WireError::Reserved);
+        }
+        if says_deltas && !(1..=DELTAS_LIMIT).contains(&deltas) {
+            return Err(WireError::Field("number of deltas"));
         }
         if disk_bytes == 0 || disk_bytes > DISK_BYTES_LIMIT || !disk_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(WireError::Field("disk size"));
@@ -144,6 +166,7 @@ impl Hello {
             window_bytes,
             payload_bytes_max,
             data_bytes,
+            deltas,
         })
     }
 }
@@ -277,6 +300,8 @@ pub fn printable(bytes: &[u8]) -> String {
 pub struct HelloAck {
     /// The most bytes of numbered frames that may be sent and not yet credited.
     pub window_bytes: u64,
+    /// The version of the stream that is answered.
+    pub protocol_version: u16,
 }
 
 impl HelloAck {
@@ -286,7 +311,7 @@ impl HelloAck {
     /// The payload as it travels.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = self.window_bytes.to_le_bytes().to_vec();
-        bytes.extend(u64::from(PROTOCOL_VERSION).to_le_bytes());
+        bytes.extend(u64::from(self.protocol_version).to_le_bytes());
         bytes
     }
 
@@ -295,13 +320,14 @@ impl HelloAck {
         expect_length(payload, Self::BYTES, "hello answer")?;
         let mut fields = Fields(payload);
         let (window_bytes, version) = (fields.u64(), fields.u64());
-        if version != u64::from(PROTOCOL_VERSION) {
-            return Err(WireError::Version(u16::try_from(version).unwrap_or(u16::MAX)));
+        let protocol_version = u16::try_from(version).unwrap_or(u16::MAX);
+        if !(FLAT_VERSION..=DELTAS_VERSION).contains(&protocol_version) {
+            return Err(WireError::Version(protocol_version));
         }
         if !(WINDOW_BYTES_MIN..=WINDOW_BYTES_LIMIT).contains(&window_bytes) {
             return Err(WireError::Field("window"));
         }
-        Ok(Self { window_bytes })
+        Ok(Self { window_bytes, protocol_version })
     }
 }
 

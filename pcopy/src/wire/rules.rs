@@ -1,16 +1,21 @@
 //! What may come when, in both directions: asked before a payload is read or memory for it is taken.
 
+use super::delta::{Counted, Tree};
 use super::{
-    EndPass, FRAMES_LIMIT, Header, Hello, KEEPALIVES_LIMIT, Kind, PASSES_LIMIT, ROUNDS_LIMIT,
-    SMALL_STREAM_BYTES, Seal, WireError,
+    Delta, EndDelta, EndPass, FRAMES_LIMIT, Header, Hello, KEEPALIVES_LIMIT, Kind, PASSES_LIMIT,
+    ROUNDS_LIMIT, SMALL_STREAM_BYTES, Seal, WireError,
 };
 
 /// Where a sender's stream is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum StreamState {
     Start,
-    /// After the `Hello` or an `EndPass`, or inside a pass.
+    /// A delta must begin.
+    Deltas,
+    /// After the `Hello`, a `Delta` or an `EndPass`, or inside a pass.
     Passes,
+    /// After the pass of a frozen delta.
+    DeltaEnd,
     /// After the last `EndPass`.
     Last,
     Sealed,
@@ -24,6 +29,9 @@ pub struct StreamRules {
     sequence: u64,
     two_way: bool,
     disk_bytes: u64,
+    /// Of the present delta, or of the disk.
+    bytes_max: u64,
+    tree: Tree,
     payload_bytes_max: u32,
     /// End of the last range of the running pass.
     cursor: u64,
@@ -48,6 +56,8 @@ impl StreamRules {
             sequence: 0,
             two_way: false,
             disk_bytes: 0,
+            bytes_max: 0,
+            tree: Tree::default(),
             payload_bytes_max: 0,
             cursor: 0,
             passes: 0,
@@ -64,7 +74,9 @@ impl StreamRules {
         }
         let legal = match self.state {
             StreamState::Start => header.kind == Kind::Hello,
+            StreamState::Deltas => header.kind == Kind::Delta,
             StreamState::Passes => matches!(header.kind, Kind::Data | Kind::Zero | Kind::EndPass),
+            StreamState::DeltaEnd => header.kind == Kind::EndDelta,
             StreamState::Last => header.kind == Kind::Seal,
             StreamState::Sealed => self.two_way && header.kind == Kind::Commit,
             StreamState::Done => false,
@@ -72,7 +84,9 @@ impl StreamRules {
         if !legal {
             let state = match self.state {
                 StreamState::Start => "first",
+                StreamState::Deltas => "before a delta",
                 StreamState::Passes => "in a pass",
+                StreamState::DeltaEnd => "after the pass of a delta",
                 StreamState::Last => "after the last pass",
                 StreamState::Sealed => "after the seal",
                 StreamState::Done => "after the end",
@@ -101,8 +115,8 @@ impl StreamRules {
 
     fn admit_range(&mut self, header: &Header) -> Result<(), WireError> {
         let end = header.offset.checked_add(header.extent).ok_or(WireError::Place(header.kind))?;
-        if end > self.disk_bytes {
-            return Err(WireError::PastEnd { end, disk_bytes: self.disk_bytes });
+        if end > self.bytes_max {
+            return Err(WireError::PastEnd { end, disk_bytes: self.bytes_max });
         }
         if header.offset < self.cursor {
             return Err(WireError::NotAscending { offset: header.offset });
@@ -113,8 +127,10 @@ impl StreamRules {
         self.cursor = end;
         let sum = if header.kind == Kind::Data { &mut self.data_bytes } else { &mut self.zero_bytes };
         *sum = sum.saturating_add(header.extent);
+        // A frozen delta has one pass, which ascends: only the passes over the current state could be endless.
         let limit = self.disk_bytes.saturating_mul(ROUNDS_LIMIT).saturating_add(SMALL_STREAM_BYTES);
-        if self.data_bytes.saturating_add(self.zero_bytes) > limit {
+        let covered = self.data_bytes.saturating_add(self.zero_bytes);
+        if covered.saturating_sub(self.tree.bytes_before()) > limit {
             return Err(WireError::TooMany("bytes"));
         }
         Ok(())
@@ -122,10 +138,36 @@ impl StreamRules {
 
     /// Takes in the `Hello`, after its header was admitted and its digest checked.
     pub fn hello(&mut self, hello: &Hello) {
-        self.state = StreamState::Passes;
+        self.tree = Tree::new(hello.deltas);
+        self.state = if self.tree.is_announced() { StreamState::Deltas } else { StreamState::Passes };
         self.two_way = hello.two_way;
         self.disk_bytes = hello.disk_bytes;
+        self.bytes_max = hello.disk_bytes;
         self.payload_bytes_max = hello.payload_bytes_max;
+    }
+
+    /// Takes in a `Delta`, after its header was admitted and its digest checked.
+    pub fn delta(&mut self, delta: &Delta) -> Result<(), WireError> {
+        self.tree.begin(delta, self.disk_bytes, self.counted())?;
+        self.bytes_max = delta.disk_bytes;
+        self.state = StreamState::Passes;
+        Ok(())
+    }
+
+    /// Takes in an `EndDelta`, after its header was admitted and its digest checked.
+    pub fn end_delta(&mut self, end: &EndDelta) -> Result<(), WireError> {
+        self.tree.end(end, self.counted())?;
+        self.state = StreamState::Deltas;
+        Ok(())
+    }
+
+    /// The stream before the frame that was admitted last.
+    fn counted(&self) -> Counted {
+        Counted {
+            frames: self.sequence.saturating_sub(1),
+            data_bytes: self.data_bytes,
+            zero_bytes: self.zero_bytes,
+        }
     }
 
     /// Takes in an `EndPass`, after its header was admitted and its digest checked.
@@ -133,7 +175,12 @@ impl StreamRules {
         if end.pass != self.passes {
             return Err(WireError::Field("pass"));
         }
-        if end.last {
+        if self.tree.is_frozen() {
+            if end.last || !end.durable {
+                return Err(WireError::Field("pass flags"));
+            }
+            self.state = StreamState::DeltaEnd;
+        } else if end.last {
             self.state = StreamState::Last;
         }
         Ok(())

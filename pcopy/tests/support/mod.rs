@@ -1,6 +1,8 @@
 //! Both sides of a copy in one process, with a writer at work and faults in between.
 #![allow(dead_code, unreachable_pub)]
 
+#[path = "../../../ploop-core/tests/patience/mod.rs"]
+pub mod patience;
 #[path = "../../../ploop-core/tests/referee/mod.rs"]
 pub mod referee;
 
@@ -11,20 +13,24 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pcopy::converge::ConvergenceOptions;
 use pcopy::memory::MemoryDisk;
 use pcopy::{
     Destination, Event, Link, Observer, Quiesce, ReceiveOptions, ReceiveReport, SendOptions, SendReport,
-    Source,
+    Snapshots, Source,
 };
 use ploop_core::device::{Client, Disk, DiskOptions};
+use ploop_core::format::Guid;
 use ploop_core::io::{Access, pool};
+use ploop_core::ops;
 use ploop_core::ops::create::{CreateOptions, create};
 use ploop_core::ops::open::{OpenOptions, Which, open};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Extent, Result};
+
+use patience::{PATIENCE, becomes};
 
 /// Small numbers without a library, the same for the same seed.
 #[derive(Clone)]
@@ -129,6 +135,52 @@ pub fn new_disk(folder: &Path, len: u64, seed: u64, adjust: impl FnOnce(&mut Cre
     served
 }
 
+/// A closed disk with snapshots in `folder`, and their names: the current state stands on the second of four, the third
+/// and the fourth are a branch. Each holds data of its own, zeros over data of others, and things of others.
+pub fn disk_with_snapshots(
+    folder: &Path,
+    len: u64,
+    seed: u64,
+    adjust: impl FnOnce(&mut CreateOptions),
+) -> Vec<Guid> {
+    let guids: Vec<Guid> = (1..=4).map(|number| Guid::from_bytes([number; 16])).collect();
+    let change = |number: u64| {
+        let served = Served::open(folder, None, Access::ReadWrite);
+        let mut random = Random(seed ^ number << 32);
+        for _ in 0..12 {
+            let count = 512 * (1 + random.below(400));
+            let at = 512 * random.below((len - count) / 512);
+            let extent = Extent::between(at, at + count);
+            let fill = u8::try_from(random.below(200)).unwrap() + 1;
+            match random.below(4) {
+                0 => served.client.lock().unwrap().discard(extent).unwrap(),
+                1 => served.client.lock().unwrap().write_zeroes(extent, true).unwrap(),
+                _ => served.write(at, &vec![fill; usize::try_from(count).unwrap()]),
+            }
+        }
+        served.close();
+    };
+    new_disk(folder, len, seed, adjust).close();
+    for (number, guid) in (1..).zip(&guids[..3]) {
+        let options = ops::SnapshotOptions { snapshot: Some(*guid), temporary: number == 3 };
+        ops::snapshot(folder, &options, Duration::from_secs(60), &ops::Silent).unwrap();
+        change(number);
+    }
+    let options = ops::SwitchOptions { snapshot: guids[1], keep: Some(guids[3]) };
+    ops::switch(folder, &options, Duration::from_secs(60), &ops::Silent).unwrap();
+    change(4);
+    guids
+}
+
+/// What the state `state` of the disk in `folder` holds.
+pub fn content_of_state(folder: &Path, state: Guid) -> Vec<u8> {
+    let options = OpenOptions { snapshot: Some(state), ..OpenOptions::new(folder, Access::ReadOnly) };
+    let options_of_disk = DiskOptions { read_only: true, ..Default::default() };
+    let disk = Disk::open(open(&options).unwrap().chain, options_of_disk).unwrap();
+    let mut client = Client::new(&disk, pool::best_io_queue(16).unwrap()).unwrap();
+    client.read(Extent::between(0, disk.size_bytes())).unwrap().as_slice().to_vec()
+}
+
 /// What the closed disk at `path` holds.
 pub fn content_of(path: &Path, raw_cluster: Option<Sectors>) -> Vec<u8> {
     let served = Served::open(path, raw_cluster, Access::ReadOnly);
@@ -188,14 +240,7 @@ impl Writer {
     /// Whether it still gets writes through: nobody left it frozen.
     pub fn is_alive(&self) -> bool {
         let before = self.state.writes.load(Ordering::SeqCst);
-        let end = Instant::now() + Duration::from_secs(5);
-        while Instant::now() < end {
-            if self.state.writes.load(Ordering::SeqCst) > before {
-                return true;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        false
+        becomes(|| self.state.writes.load(Ordering::SeqCst) > before)
     }
 }
 
@@ -380,7 +425,7 @@ pub struct Both {
 pub fn send_options(stall: Duration) -> SendOptions {
     SendOptions {
         stall_timeout: stall,
-        gate_timeout: Duration::from_secs(5),
+        gate_timeout: PATIENCE,
         convergence: ConvergenceOptions { passes_max: 5, ..Default::default() },
         ..Default::default()
     }
@@ -395,6 +440,25 @@ pub fn copy<S: Source, D: Destination + Send>(
     options: &SendOptions,
 ) -> Both {
     copy_observed(source, quiesce, destination, ends, options, &|_: &Event| {})
+}
+
+/// As `copy`, with all snapshots.
+pub fn copy_chain<S: Source, D: Destination + Send>(
+    (snapshots, source): (&mut dyn Snapshots, &mut S),
+    quiesce: &mut dyn Quiesce,
+    destination: &mut D,
+    ends: Ends,
+    options: &SendOptions,
+    observer: &dyn Observer,
+) -> Both {
+    let receive_options = ReceiveOptions { stall_timeout: options.stall_timeout, ..Default::default() };
+    std::thread::scope(|scope| {
+        let receiver = ends.receiver;
+        let receiving =
+            scope.spawn(move || pcopy::receive(receiver, destination, &receive_options, &pcopy::Silent));
+        let sent = pcopy::send_chain(snapshots, source, quiesce, ends.sender, options, observer);
+        Both { sent, received: receiving.join().unwrap() }
+    })
 }
 
 /// As `copy`, with an observer of the sender.
@@ -416,20 +480,15 @@ pub fn copy_observed<S: Source, D: Destination + Send>(
     })
 }
 
-/// Fails when the body takes longer: a copy that hangs.
-pub fn within<T>(limit: Duration, what: &str, body: impl FnOnce() -> T) -> T {
-    let begun = Instant::now();
+/// Fails when the body takes too long: a copy that hangs.
+pub fn must_end<T>(what: &str, body: impl FnOnce() -> T) -> T {
     let watched = Arc::new(AtomicBool::new(false));
     let (done, name) = (Arc::clone(&watched), what.to_string());
     let watchdog = std::thread::spawn(move || {
-        while begun.elapsed() < limit {
-            if done.load(Ordering::SeqCst) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        if !becomes(|| done.load(Ordering::SeqCst)) {
+            eprintln!("hangs: {name}");
+            std::process::abort();
         }
-        eprintln!("hangs: {name}");
-        std::process::abort();
     });
     let result = body();
     watched.store(true, Ordering::SeqCst);

@@ -1,14 +1,16 @@
 //! `ploop balloon`: the original's spelling of compaction, and what is left of the rest.
 //!
-//! The original keeps space away from the guest with a balloon file, and gives the free space of the image back with
-//! `balloon discard`. Disks here have no balloon that holds anything: a smaller disk is a smaller file system. So
-//! `discard` does all of it, `show` and `status` tell the truth (nothing is held), and the rest is refused.
+//! The original keeps space away from the guest with a balloon: a file in the root of the inner file system, as long as what it
+//! holds, which only its own kernels hide from users and let be changed (an ioctl of their ext4). Here disks are made without
+//! one, and a smaller disk is a smaller file system. A disk that was made there may have one; on this kernel it is a file like
+//! any other. So `discard` does all it does there, `show` and `status` look at that file, and the rest is refused.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use ploop_core::device::runtime::Runtime;
+use ploop_core::device::runtime::{self, Runtime, State};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
@@ -18,9 +20,10 @@ use crate::commands::compact::{self, Compacted, Wishes};
 use crate::commands::mount::run_program;
 use crate::exit::Outcome;
 use crate::open::{self, Wanted};
-use crate::output::{Output, Report};
+use crate::output::{Output, Report, human_bytes};
 use crate::progress::Job;
 use crate::serving::{self, ServeOptions, Served};
+use crate::space_used::SpaceUsed;
 
 /// Give free space back to the host (discard), in the original's words
 #[derive(Debug, clap::Args)]
@@ -33,9 +36,9 @@ pub(crate) struct Arguments {
 enum Command {
     /// Give the free space of a mounted disk back to the host; see `ploop compact`
     Discard(Discard),
-    /// Show how much space the balloon holds: nothing
+    /// Show how much space the balloon of a mounted disk holds
     Show(Named),
-    /// Show what the balloon does: nothing
+    /// Show whether the balloon is being changed, and how much it holds
     Status(Named),
     /// Not here: see `ploop resize`
     #[command(hide = true)]
@@ -76,6 +79,10 @@ struct Discard {
     #[arg(long, value_name = "RATE", value_parser = args::size)]
     limit: Option<Sectors>,
 
+    /// Only show how much there is: of data, disk, image and balloon; nothing is changed
+    #[arg(long, conflicts_with_all = ["automount", "to_free", "min_block", "limit", "defrag"])]
+    stat: bool,
+
     /// The DiskDescriptor.xml of the disk
     #[arg(value_name = "DISK")]
     disk: PathBuf,
@@ -103,11 +110,18 @@ struct Anything {
     words: Vec<OsString>,
 }
 
+/// Name of the balloon in the root of the inner file system; that of the original.
+const BALLOON: &str = ".balloon-c3a5ae3d-ce7f-43c4-a1ea-c61e2b4504e8";
+
 /// How much the balloon holds.
-#[derive(Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Held {
-    /// Bytes kept away from the guest.
+    /// Bytes kept away from the guest: the length of the file; 0 without one.
     balloon_bytes: u64,
+    /// Bytes that it takes in the file system.
+    allocated_bytes: u64,
+    /// The file, if there is one.
+    file: Option<PathBuf>,
     #[serde(skip)]
     is_status: bool,
 }
@@ -115,46 +129,128 @@ struct Held {
 impl Report for Held {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
         if self.is_status {
-            writeln!(out, "No balloon operation is in progress")
-        } else {
-            writeln!(out, "Current balloon size: {}", self.balloon_bytes)
+            writeln!(out, "No balloon operation is in progress")?;
         }
+        writeln!(out, "Current balloon size: {}", self.balloon_bytes)
+    }
+}
+
+/// How much there is, as the original's `discard --stat` says it.
+#[derive(Debug, Serialize)]
+struct Stat {
+    /// Bytes in use in the file system.
+    data_bytes: u64,
+    /// Size of the disk.
+    disk_bytes: u64,
+    /// What its images take on the host.
+    image_bytes: u64,
+    /// What the balloon holds.
+    balloon_bytes: u64,
+}
+
+impl Report for Stat {
+    fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "data:    {}", human_bytes(self.data_bytes))?;
+        writeln!(out, "disk:    {}", human_bytes(self.disk_bytes))?;
+        writeln!(out, "image:   {}", human_bytes(self.image_bytes))?;
+        writeln!(out, "balloon: {}", human_bytes(self.balloon_bytes))
     }
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    let unneeded = "the balloon is a file like any other: remove it in the mounted file system, and its space is the guest's";
     match &arguments.command {
+        Command::Discard(wanted) if wanted.stat => output.report(&stat(&wanted.disk)?),
         Command::Discard(wanted) => output.report(&discard(wanted, output)?),
-        Command::Show(named) => show(named, false, output),
-        Command::Status(named) => show(named, true, output),
+        Command::Show(named) => output.report(&show(named, false)?),
+        Command::Status(named) => output.report(&show(named, true)?),
         Command::Change(words) => {
-            refuse("change", words, "`ploop resize` makes file system and disk smaller")
+            refuse("change", words, "`ploop resize` makes file system and disk smaller or larger")
         }
-        Command::Clear(words) => refuse("clear", words, "there is nothing to clear"),
-        Command::Complete(words) => refuse("complete", words, "there is nothing to complete"),
-        Command::Check(words) => refuse("check", words, "`ploop check` checks the image"),
-        Command::Repair(words) => refuse("repair", words, "`ploop check` repairs the image"),
+        Command::Clear(words) => refuse("clear", words, unneeded),
+        Command::Complete(words) => refuse("complete", words, unneeded),
+        Command::Check(words) => refuse(
+            "check",
+            words,
+            "`ploop check` checks the image, e2fsck the file system; `ploop balloon show` tells what the balloon holds",
+        ),
+        Command::Repair(words) => {
+            refuse("repair", words, "`ploop check` repairs the image, e2fsck the file system")
+        }
     }
 }
 
 fn refuse(verb: &str, words: &Anything, advice: &str) -> Outcome {
     let typed: Vec<_> = words.words.iter().map(|word| word.to_string_lossy()).collect();
-    let message = format!("balloon {verb} {}: disks have no balloon here", typed.join(" "));
+    let typed = if typed.is_empty() { String::new() } else { format!(" {}", typed.join(" ")) };
+    let message = format!(
+        "balloon {verb}{typed}: it needs ioctls of the original's patched kernels, which no other has"
+    );
     Err(Error::new(ErrorKind::Parameter, message).advise(advice).into())
 }
 
-fn show(named: &Named, is_status: bool, output: &Output) -> Outcome {
+/// A served disk and a place where its file system is mounted.
+fn mounted_at(name: &Path) -> Result<(State, PathBuf)> {
+    let not_mounted = || {
+        Error::new(ErrorKind::NotMounted, "the disk is not mounted; its balloon is a file in its file system")
+            .at_path(name)
+            .advise("mount it (ploop mount -m DIR DISK), then ask again")
+    };
+    let Some(state) = Runtime::of_user()?.find(name)? else {
+        open::look_at(name)?;
+        return Err(not_mounted());
+    };
+    let points = match &state.loop_device {
+        Some(device) => runtime::mount_points_of(device)?,
+        None => Vec::new(),
+    };
+    let point = points.into_iter().next().ok_or_else(not_mounted)?;
+    Ok((state, point))
+}
+
+/// The balloon in the file system mounted at `point`. What the guest calls so may be anything.
+fn balloon_at(point: &Path) -> Result<Held> {
+    let file = point.join(BALLOON);
+    match std::fs::symlink_metadata(&file) {
+        Ok(metadata) if metadata.is_file() => Ok(Held {
+            balloon_bytes: metadata.len(),
+            allocated_bytes: metadata.blocks().saturating_mul(512),
+            file: Some(file),
+            is_status: false,
+        }),
+        Ok(_) => Ok(Held::default()),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::default()),
+        Err(cause) => Err(Error::io(ErrorKind::Stat, "look for the balloon", cause).at_path(file)),
+    }
+}
+
+fn show(named: &Named, is_status: bool) -> Result<Held> {
     let names = [&named.device, &named.mount_point, &named.disk];
     let name = names
         .into_iter()
         .flatten()
         .next()
         .ok_or_else(|| Error::new(ErrorKind::Parameter, "say which disk"))?;
-    // The answer is always the same, but not for something that is no disk.
-    if Runtime::of_user()?.find(name)?.is_none() {
-        open::look_at(name)?;
+    let (_, point) = mounted_at(name)?;
+    Ok(Held { is_status, ..balloon_at(&point)? })
+}
+
+fn stat(disk: &Path) -> Result<Stat> {
+    let (state, point) = mounted_at(disk)?;
+    let used = SpaceUsed::of_mounted(&point)?;
+    let blocks = used.blocks.saturating_sub(used.blocks_free);
+    let mut image_bytes = 0_u64;
+    for image in &state.images {
+        let metadata = std::fs::metadata(&image.path)
+            .map_err(|cause| Error::io(ErrorKind::Stat, "measure the image", cause).at_path(&image.path))?;
+        image_bytes = image_bytes.saturating_add(metadata.blocks().saturating_mul(512));
     }
-    output.report(&Held { balloon_bytes: 0, is_status })
+    Ok(Stat {
+        data_bytes: blocks.saturating_mul(used.block_bytes),
+        disk_bytes: state.size_bytes.unwrap_or(0),
+        image_bytes,
+        balloon_bytes: balloon_at(&point)?.balloon_bytes,
+    })
 }
 
 fn discard(wanted: &Discard, output: &Output) -> Result<Compacted> {

@@ -9,7 +9,7 @@ use ploop_core::io::file::DirectoryFolder;
 use ploop_core::ops::check::{
     self, CheckOptions, CheckReport, Class, Findings, ImageCheck, Outcome as Verdict,
 };
-use ploop_core::ops::descriptor_lock::LOCK_TIMEOUT;
+use ploop_core::ops::descriptor_lock::lock_timeout;
 use ploop_core::ops::repair::UndoReport;
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind};
@@ -245,8 +245,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     }
     if arguments.defragment {
         return Err(Failure::Error(
-            Error::new(ErrorKind::Parameter, "check: -D moves clusters, which a check does not do")
-                .advise("use the command that compacts a disk"),
+            Error::new(ErrorKind::Parameter, "check: -D moves clusters, which a check does not do").advise(
+                "`ploop compact` moves them together, on a closed or a running disk; then check without -D",
+            ),
         ));
     }
     let is_bundle =
@@ -262,7 +263,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         repair: arguments.repair || arguments.hard_force,
         fill_holes: arguments.fill_holes,
         raw_cluster: arguments.raw.then_some(cluster),
-        lock_timeout: LOCK_TIMEOUT,
+        lock_timeout: lock_timeout(),
     };
     if arguments.raw && is_bundle {
         return Err(Failure::Error(Error::new(

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::exit::Outcome;
 use crate::output::{Output, Report};
-use crate::snapshots::{LOCK_TIMEOUT, Target, guid};
+use crate::snapshots::{Target, guid, lock_timeout};
 
 /// Make a writable disk that begins as another one, at once
 ///
@@ -50,7 +50,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         path: target.descriptor,
         new_folder: arguments.folder.clone(),
         snapshot: arguments.snapshot,
-        lock_timeout: LOCK_TIMEOUT,
+        lock_timeout: lock_timeout(),
     })?;
     output.report(&Cloned(report))
 }

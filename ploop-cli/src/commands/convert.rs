@@ -43,6 +43,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SIZE", value_parser = args::size)]
     limit: Option<Sectors>,
 
+    /// Do not read back what was written: faster, but a disk that lies is not noticed
+    #[arg(long)]
+    no_verify: bool,
+
     /// The DiskDescriptor.xml of the disk, or its folder
     #[arg(value_name = "DISK", default_value = "DiskDescriptor.xml")]
     disk: PathBuf,
@@ -74,6 +78,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         mode: arguments.format.map(Format::mode),
         version: arguments.version.map(ImageVersion::version),
         cluster: arguments.cluster_sectors.map(Sectors),
+        read_back: !arguments.no_verify,
         ..ConvertOptions::new(&arguments.disk)
     };
     let report = convert(&options, &job.meter())?;

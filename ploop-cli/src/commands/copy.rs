@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use pcopy::freeze::{LocalQuiesce, QuiesceOptions};
-use pcopy::source::DiskSource;
 use pcopy::stats::Event;
 use pcopy::target::{Destination, FileTarget, ImageDestination, ImageOptions, Target};
 use pcopy::transport::{Cancel, Link, Peer};
@@ -27,7 +26,7 @@ use serde_json::Value;
 
 use crate::args;
 use crate::commands::init::{Format, ImageVersion};
-use crate::copy_service::{Ask, CopyRequest, VERB, Wishes, to_value};
+use crate::copy_service::{Ask, CHAIN_VERB, CopyRequest, Freight, VERB, Wishes, descriptor_of_all, to_value};
 use crate::exit::Outcome;
 use crate::leash;
 use crate::open::{self, Manner, Wanted};
@@ -44,7 +43,8 @@ use crate::signals;
     group(clap::ArgGroup::new("end").args(["source", "target"]).required(true).multiple(true)),
     after_help = "One-way:  ploop copy -s /mnt | ssh HOST ploop copy -d disk.hds    the receiver's exit code is the verdict\n\
                   Two-way:  ploop copy -s /mnt --to 'ssh HOST ploop copy -d disk.hds'\n\
-                  Local:    ploop copy -s /mnt -d disk.hds\n\n\
+                  Local:    ploop copy -s /mnt -d disk.hds\n\
+                  With all snapshots: any of these with --chain, into an empty folder\n\n\
                   A running disk is sent while it is written to; what changes meanwhile is sent again, pass by pass. For the \
                   last pass the freeze command runs, the file systems on the disk are frozen, and both are undone when the \
                   copy is proven equal or has failed. The disk keeps running here. A failed copy leaves no file under the \
@@ -60,6 +60,11 @@ pub(crate) struct Arguments {
     /// The image file to make; it must not exist
     #[arg(short = 'd', long = "target", value_name = "FILE")]
     target: Option<PathBuf>,
+
+    /// Send every snapshot of the disk, delta by delta, so that the new disk has them, too. What does not change any more
+    /// is sent first, once. The receiver needs an empty folder, and a version that knows this
+    #[arg(long, requires = "source", conflicts_with_all = ["cluster_sectors", "version"])]
+    chain: bool,
 
     /// Command that stops the writers before the last pass, run by sh
     #[arg(short = 'F', long = "freeze", value_name = "COMMAND", requires = "source")]
@@ -160,6 +165,16 @@ impl Arguments {
 
     /// What clap cannot say of an option with two meanings.
     fn check(&self) -> Result<()> {
+        if self.chain && self.protocol == 1 {
+            let message = "--chain with --protocol 1: the original's stream has no snapshots";
+            return Err(Error::new(ErrorKind::Parameter, message)
+                .advise("leave out --protocol 1, or copy the content alone, without --chain"));
+        }
+        if self.chain && self.format().is_some() {
+            let message = "--chain with a format (-f): all snapshots are copied as they are";
+            return Err(Error::new(ErrorKind::Parameter, message)
+                .advise("leave out -f, or copy the content alone, without --chain"));
+        }
         if self.format().is_some() && self.target.is_none() {
             return Err(Error::new(ErrorKind::Parameter, "a format (-f) without a new image (-d)"));
         }
@@ -205,9 +220,14 @@ impl Report for Sent {
             "sent; the receiver tells whether it arrived"
         };
         let mib_per_second = bytes as f64 / f64::from(1 << 20) / seconds.max(1e-3);
+        let deltas = match report["deltas"].as_u64() {
+            None | Some(0) => String::new(),
+            Some(1) => " of 1 delta".to_owned(),
+            Some(deltas) => format!(" of {deltas} deltas"),
+        };
         writeln!(
             out,
-            "{state}: {} in {passes} passes and {seconds:.2} s ({mib_per_second:.0} MiB/s)",
+            "{state}: {}{deltas} in {passes} passes and {seconds:.2} s ({mib_per_second:.0} MiB/s)",
             human_bytes(bytes)
         )?;
         let ms = |name: &str| downtime[name].as_f64().unwrap_or(0.0);
@@ -454,28 +474,34 @@ impl Origin {
             freeze_stall_timeout_s: Some(arguments.freeze_stall_timeout),
             is_original: arguments.protocol == 1,
         };
+        let is_chain = arguments.chain;
         match self {
-            Self::Served(_, entry) => send_served(entry, wishes, link, &mut quiesce, cancel, progress),
-            Self::Closed(request) => send_closed(request, wishes, link, &mut quiesce, cancel, progress),
+            Self::Served(_, entry) => {
+                send_served(entry, (is_chain, wishes), link, &mut quiesce, cancel, progress)
+            }
+            Self::Closed(request) => {
+                send_closed(request, (is_chain, wishes), link, &mut quiesce, cancel, progress)
+            }
         }
     }
 }
 
 fn send_closed(
     request: &OpenRequest,
-    wishes: Wishes,
+    (is_chain, wishes): (bool, Wishes),
     link: Link,
     quiesce: &mut LocalQuiesce,
     cancel: &Cancel,
     progress: &Progress,
 ) -> Result<Value> {
+    let descriptor = is_chain.then(|| descriptor_of_all(request)).transpose()?;
     let opened = open::open(request, Manner::default())?;
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let disk = Disk::open(Arc::clone(&opened.chain), options)?;
     let sent = {
-        let mut source = DiskSource::new(&disk)?;
+        let mut freight = Freight::of(&disk, descriptor.as_deref())?;
         let observer = observer(Some(progress));
-        wishes.send(&mut source, quiesce, link, cancel.clone(), &observer)
+        wishes.send(&mut freight, quiesce, link, cancel.clone(), &observer)
     };
     let closed = disk.close();
     let report = sent?;
@@ -486,13 +512,14 @@ fn send_closed(
 /// Lets the server send the disk; does what it asks meanwhile.
 fn send_served(
     entry: &Entry,
-    wishes: Wishes,
+    (is_chain, wishes): (bool, Wishes),
     link: Link,
     quiesce: &mut LocalQuiesce,
     cancel: &Cancel,
     progress: &Progress,
 ) -> Result<Value> {
-    let connection = Connection::open(&entry.socket())?;
+    let connection = crate::serving::connect(entry)?;
+    let verb = if is_chain { CHAIN_VERB } else { VERB };
     let output =
         link.output.ok_or_else(|| Error::new(ErrorKind::Parameter, "a copy needs somewhere to go"))?;
     let request = CopyRequest { two_way: link.input.is_some(), wishes };
@@ -502,11 +529,11 @@ fn send_served(
         let mut descriptors = vec![output.as_fd()];
         descriptors.extend(link.input.as_ref().map(AsFd::as_fd));
         descriptors.push(leash.as_fd());
-        connection.request(VERB, &request, &descriptors)?;
+        connection.request(verb, &request, &descriptors)?;
     }
     // The server has them now; kept here, the other end would never see its end.
     drop((output, link.input, leash));
-    connection.answer(VERB, None, |message| match serde_json::from_value::<Ask>(message.clone()) {
+    connection.answer(verb, None, |message| match serde_json::from_value::<Ask>(message.clone()) {
         Ok(ask) => {
             // A server that does not take the reply is gone, which the wait for its answer finds out.
             let _ = connection.send(&ask.obey(quiesce), &[]);

@@ -18,7 +18,7 @@ use crate::exit::Outcome;
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report, human_bytes};
 use crate::progress::Job;
-use crate::qemu::{self, DiskFormat};
+use crate::qemu::{self, DiskFormat, Layout};
 use crate::serving::{self, ServeOptions};
 use crate::signals;
 
@@ -41,6 +41,14 @@ pub(crate) struct Arguments {
     #[arg(long = "format", value_name = "FORMAT", default_value = "raw")]
     format: DiskFormat,
 
+    /// Options of that format, as cluster_size=64K,compat=v3; may be repeated. Those that name files are refused
+    #[arg(short = 'o', value_name = "NAME=VALUE,...")]
+    layout: Vec<String>,
+
+    /// Compress the content (qcow2, and vmdk with -o subformat=streamOptimized)
+    #[arg(short = 'c', long = "compress")]
+    compress: bool,
+
     /// Format of the base image when there is no descriptor
     #[arg(short = 'f', value_name = "FORMAT", default_value = "ploop1")]
     base: BaseFormat,
@@ -52,6 +60,10 @@ pub(crate) struct Arguments {
     /// Go through no more than this much data in a second: sectors, or with K, M, G or T
     #[arg(long, value_name = "SIZE", value_parser = args::size)]
     limit: Option<Sectors>,
+
+    /// Do not read back what was written: faster, but a disk that lies is not noticed
+    #[arg(long)]
+    no_verify: bool,
 
     /// DiskDescriptor.xml or its folder, or image files, base first; then the new file, or - for stdout
     #[arg(value_name = "DISK... FILE", required = true, num_args = 2..)]
@@ -84,8 +96,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         cluster_sectors: arguments.cluster_sectors,
         snapshot: arguments.snapshot.clone(),
     };
+    let layout = Layout::new(arguments.format, arguments.compress, &arguments.layout)?;
     if arguments.format != DiskFormat::Raw {
-        return output.report(&Exported(other_format(&wanted, arguments, target)?));
+        return output.report(&Exported(other_format(&wanted, arguments, &layout, target)?));
     }
     let request = open::resolve(&wanted)?;
     let which = match &request.descriptor {
@@ -96,12 +109,20 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         which,
         snapshot: open::snapshot_of(&request)?,
         raw_cluster: open::raw_cluster_of(&request),
+        read_back: !arguments.no_verify,
     };
     let job = Job::begin(output, limit_bytes(arguments.limit))?;
     if target != Path::new("-") {
         let report = export(&options, target, &job.meter())?;
         report.warnings.iter().for_each(|text| output.warn(text));
         return output.report(&Exported(report));
+    }
+    if arguments.no_verify {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            "export: --no-verify is for files: a stream is not read back",
+        )
+        .into());
     }
     if io::stdout().is_terminal() {
         return Err(Error::new(ErrorKind::Parameter, "export: stdout is a terminal")
@@ -119,7 +140,12 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
 }
 
 /// Through `qemu-img`, from the disk served read-only.
-fn other_format(wanted: &Wanted, arguments: &Arguments, target: &Path) -> Result<ExportReport> {
+fn other_format(
+    wanted: &Wanted,
+    arguments: &Arguments,
+    layout: &Layout,
+    target: &Path,
+) -> Result<ExportReport> {
     let format = arguments.format;
     let refused = |message: String| Error::new(ErrorKind::Parameter, format!("export: {message}"));
     if target == Path::new("-") {
@@ -127,6 +153,9 @@ fn other_format(wanted: &Wanted, arguments: &Arguments, target: &Path) -> Result
     }
     if arguments.limit.is_some() {
         return Err(refused("--limit is for raw files only".to_owned()));
+    }
+    if arguments.no_verify {
+        return Err(refused("--no-verify is for raw files only".to_owned()));
     }
     if target.symlink_metadata().is_ok() {
         return Err(refused("the file exists".to_owned())
@@ -138,7 +167,7 @@ fn other_format(wanted: &Wanted, arguments: &Arguments, target: &Path) -> Result
     signals::hold()?;
     let served = serving::start(request, &ServeOptions { without_device: true, ..ServeOptions::default() })?;
     let written = qemu::Unfinished::beside(target).and_then(|file| {
-        qemu::convert_to(&served.entry.disk_file(), format, file.path())?;
+        qemu::convert_to(&served.entry.disk_file(), format, layout, file.path())?;
         let disk_bytes = served.entry.state()?.size_bytes.unwrap_or(0);
         let host_bytes = file.finish(target)?;
         Ok(ExportReport {

@@ -48,16 +48,16 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Serialize)]
 struct Grew {
-    size_bytes_before: u64,
-    size_bytes: u64,
+    disk_bytes_before: u64,
+    disk_bytes: u64,
     moved_clusters: u64,
     held_ms: Option<u64>,
 }
 
 impl Report for Grew {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
-        let (before, now) = (human_bytes(self.size_bytes_before), human_bytes(self.size_bytes));
-        if self.size_bytes_before == self.size_bytes {
+        let (before, now) = (human_bytes(self.disk_bytes_before), human_bytes(self.disk_bytes));
+        if self.disk_bytes_before == self.disk_bytes {
             return writeln!(out, "size: {now}, as before");
         }
         write!(out, "size: {now}, before {before}; {} clusters moved", self.moved_clusters)?;
@@ -77,8 +77,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         Target::Closed(request) => sizing::closed(&request, arguments.size, Shrink::Refuse, output)?.into(),
     };
     output.report(&Grew {
-        size_bytes_before: size.disk_bytes_before,
-        size_bytes: size.disk_bytes,
+        disk_bytes_before: size.disk_bytes_before,
+        disk_bytes: size.disk_bytes,
         moved_clusters: size.moved_clusters,
         held_ms: size.held_ms,
     })

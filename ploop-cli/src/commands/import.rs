@@ -58,6 +58,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SIZE", value_parser = args::size)]
     limit: Option<Sectors>,
 
+    /// Do not read back what was written: faster, but a disk that lies is not noticed
+    #[arg(long)]
+    no_verify: bool,
+
     /// The file or block device to read, or - for stdin
     #[arg(value_name = "FILE")]
     input: PathBuf,
@@ -111,6 +115,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         version: arguments.version.version(),
         cluster: Sectors(arguments.cluster_sectors),
         mode: arguments.format.mode(),
+        read_back: !arguments.no_verify,
         ..ImportOptions::new(folder, file)
     };
     if arguments.input_format != DiskFormat::Raw {
@@ -134,6 +139,9 @@ fn other_format(options: &ImportOptions, arguments: &Arguments) -> Result<Import
     }
     if arguments.limit.is_some() {
         return Err(refused("--limit is for raw files only"));
+    }
+    if arguments.no_verify {
+        return Err(refused("--no-verify is for raw files only"));
     }
     qemu::require()?;
     let input = qemu::inspect(&arguments.input, format)?;

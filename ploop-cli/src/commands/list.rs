@@ -15,7 +15,7 @@ use crate::serving;
 /// One line for each: block device, image (or descriptor), mount point, component.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Also show the processes and the state
+    /// Also show the processes, the state, and what works on the disk
     #[arg(short = 'a', long = "all")]
     all: bool,
 }
@@ -43,10 +43,11 @@ struct Line {
     mount_points: Vec<PathBuf>,
     component: Option<String>,
     read_only: bool,
-    size_bytes: Option<u64>,
+    disk_bytes: Option<u64>,
     keeper: Option<u32>,
     server: Option<u32>,
     takeovers: u32,
+    jobs: Vec<String>,
     failure: Option<String>,
 }
 
@@ -76,6 +77,9 @@ impl Report for Lines {
                 if line.takeovers > 0 {
                     write!(out, " takeovers {}", line.takeovers)?;
                 }
+                if !line.jobs.is_empty() {
+                    write!(out, " works at {}", line.jobs.join(", "))?;
+                }
                 write!(out, "]")?;
             }
             if let Some(failure) = &line.failure {
@@ -103,13 +107,13 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         Some(device) => runtime::mount_points_of(device)?,
         None => Vec::new(),
     };
-    let health = if state.failure.is_some() || (!state.is_running() && state.keeper.is_some()) {
-        Health::Failed
+    let (health, jobs) = if state.failure.is_some() || (!state.is_running() && state.keeper.is_some()) {
+        (Health::Failed, Vec::new())
     } else {
         match serving::status_of(&runtime.entry(&state.id)) {
-            Ok(status) if status.poisoned => Health::Poisoned,
-            Ok(_) => Health::Running,
-            Err(_) => Health::Starting,
+            Ok(status) if status.poisoned => (Health::Poisoned, status.jobs),
+            Ok(status) if status.ready => (Health::Running, status.jobs),
+            Ok(_) | Err(_) => (Health::Starting, Vec::new()),
         }
     };
     let top = state.images.last().map(|image| image.path.clone());
@@ -119,10 +123,11 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         mount_points,
         component: state.component,
         read_only: state.open.read_only,
-        size_bytes: state.size_bytes,
+        disk_bytes: state.size_bytes,
         keeper: state.keeper.map(|process| process.id),
         server: state.server.map(|process| process.id),
         takeovers: state.takeovers,
+        jobs,
         failure: state.failure.map(|failure| failure.message),
         id: state.id,
         device: state.loop_device,

@@ -98,7 +98,7 @@ fn look(arguments: &Arguments, shown: &mut Shown<'_>) -> Result<()> {
     if let Some(state) = running {
         let files: Vec<String> =
             state.images.iter().rev().map(|image| image.path.display().to_string()).collect();
-        let connection = Connection::open(&runtime.entry(&state.id).socket())?;
+        let connection = crate::serving::connect(&runtime.entry(&state.id))?;
         let mut failed = None;
         let told = |message: Value| {
             let Ok(told) = serde_json::from_value::<Told>(message) else { return };

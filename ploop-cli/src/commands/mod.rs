@@ -19,7 +19,9 @@ pub(crate) mod keeper;
 pub(crate) mod list;
 pub(crate) mod man;
 pub(crate) mod map;
+pub(crate) mod merge;
 pub(crate) mod mount;
+pub(crate) mod refused;
 pub(crate) mod resize;
 pub(crate) mod restore_descriptor;
 pub(crate) mod serve;
@@ -28,10 +30,12 @@ pub(crate) mod snapshot_delete;
 pub(crate) mod snapshot_list;
 pub(crate) mod snapshot_merge;
 pub(crate) mod snapshot_switch;
+pub(crate) mod stat;
 pub(crate) mod tsnapshot;
 pub(crate) mod umount;
 
 use crate::args::Command;
+use crate::commands::refused::Refused;
 use crate::exit::Outcome;
 use crate::output::Output;
 
@@ -61,6 +65,19 @@ pub(crate) fn run(command: &Command, output: &Output) -> Outcome {
         Command::SnapshotDelete(arguments) => snapshot_delete::run(arguments, output),
         Command::SnapshotMerge(arguments) => snapshot_merge::run(arguments, output),
         Command::SnapshotSwitch(arguments) => snapshot_switch::run(arguments, output),
+        Command::Merge(arguments) => merge::run(arguments, output),
+        Command::Stat(arguments) => stat::run(arguments, output),
+        Command::Start(words) => refused::run(Refused::Start, words),
+        Command::Stop(words) => refused::run(Refused::Stop, words),
+        Command::Clear(words) => refused::run(Refused::Clear, words),
+        Command::TgInit(words) => refused::run(Refused::TgInit, words),
+        Command::TgDeinit(words) => refused::run(Refused::TgDeinit, words),
+        Command::TgStatus(words) => refused::run(Refused::TgStatus, words),
+        Command::Degrade(words) => refused::run(Refused::Degrade, words),
+        Command::Shuffle(words) => refused::run(Refused::Shuffle, words),
+        Command::Encrypt(words) => refused::run(Refused::Encrypt, words),
+        Command::Fscheck(words) => refused::run(Refused::Fscheck, words),
+        Command::Replace(words) => refused::run(Refused::Replace, words),
         Command::Clone(arguments) => clone::run(arguments, output),
         Command::Diff(arguments) => diff::run(arguments, output),
         Command::Delete(arguments) => delete::run(arguments, output),

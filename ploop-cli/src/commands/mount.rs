@@ -106,7 +106,7 @@ pub(crate) struct Mounted {
     pub(crate) device: PathBuf,
     mount_point: Option<PathBuf>,
     id: String,
-    size_bytes: Option<u64>,
+    disk_bytes: Option<u64>,
     partition: Option<PartitionRange>,
     read_only: bool,
 }
@@ -180,7 +180,7 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             device,
             mount_point,
             id: served.state.id.clone(),
-            size_bytes: served.entry.state()?.size_bytes,
+            disk_bytes: served.entry.state()?.size_bytes,
             partition: served.state.partition,
             read_only,
         }),

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use ploop_core::device::loop_device;
 use ploop_core::device::runtime::{OpenRequest, PartitionRange, mount_points_of};
+use ploop_core::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use ploop_core::ops::resize::Shrink;
 use ploop_core::units::{SECTOR_BYTES, Sectors};
 use ploop_core::{Error, ErrorKind, Result};
@@ -67,8 +68,8 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Serialize)]
 struct Resized {
-    size_bytes_before: u64,
-    size_bytes: u64,
+    disk_bytes_before: u64,
+    disk_bytes: u64,
     moved_clusters: u64,
     /// How long writes of a mounted disk were held.
     held_ms: Option<u64>,
@@ -80,8 +81,8 @@ struct Resized {
 
 impl Report for Resized {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
-        let (before, now) = (human_bytes(self.size_bytes_before), human_bytes(self.size_bytes));
-        if self.size_bytes_before == self.size_bytes {
+        let (before, now) = (human_bytes(self.disk_bytes_before), human_bytes(self.disk_bytes));
+        if self.disk_bytes_before == self.disk_bytes {
             writeln!(out, "size:        {now}, as before")?;
         } else {
             writeln!(out, "size:        {now}, before {before}")?;
@@ -117,8 +118,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         Target::Closed(request) => closed(arguments, &request, output)?,
     };
     output.report(&Resized {
-        size_bytes_before: size.disk_bytes_before,
-        size_bytes: size.disk_bytes,
+        disk_bytes_before: size.disk_bytes_before,
+        disk_bytes: size.disk_bytes,
         moved_clusters: size.moved_clusters,
         held_ms: size.held_ms,
         partition: inside.partition,
@@ -171,13 +172,6 @@ fn closed(arguments: &Arguments, request: &OpenRequest, output: &Output) -> Resu
     let cluster_bytes = before.cluster_sectors * SECTOR_BYTES;
     let disk_bytes = (arguments.size.0 * SECTOR_BYTES).next_multiple_of(cluster_bytes);
     let (inside, shrink) = if before.has_something_on_it {
-        if before.has_snapshots {
-            return Err(Error::new(
-                ErrorKind::Parameter,
-                "the disk has snapshots, which keep what lies past its end",
-            )
-            .advise("merge or delete its snapshots first; nothing was changed"));
-        }
         let force = arguments.force;
         for_a_moment(arguments, request, output, |served| shrink_inside(served, disk_bytes, force))?
     } else {
@@ -199,12 +193,16 @@ struct Before {
     disk_bytes: u64,
     disk_sectors: u64,
     cluster_sectors: u64,
-    has_snapshots: bool,
     /// There is a partition table, or a file system without one.
     has_something_on_it: bool,
 }
 
 fn open_size(request: &OpenRequest) -> Result<Before> {
+    // Another command that works on the disk is waited for, as by every other command.
+    let _lock = match &request.descriptor {
+        Some(descriptor) => Some(DescriptorLock::take(descriptor, lock_timeout())?),
+        None => None,
+    };
     let request = OpenRequest { read_only: true, ..request.clone() };
     let opened = crate::open::open(&request, crate::open::Manner::default())?;
     let geometry = opened.chain.geometry();
@@ -229,7 +227,6 @@ fn open_size(request: &OpenRequest) -> Result<Before> {
         disk_bytes: geometry.disk_bytes(),
         disk_sectors: geometry.disk_sectors().0,
         cluster_sectors: u64::from(geometry.cluster_sectors()),
-        has_snapshots: opened.chain.depth() > 1,
         has_something_on_it: head[512..].starts_with(b"EFI PART")
             || head.starts_with(b"XFSB")
             || head[1080..1082] == [0x53, 0xEF],

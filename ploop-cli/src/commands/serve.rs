@@ -6,6 +6,7 @@
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,10 +23,10 @@ use ploop_core::ops::{self, CompactOptions};
 use ploop_core::{Error, ErrorKind, Result};
 use serde_json::Value;
 
-use crate::commands::{compact, map};
+use crate::commands::{compact, map, stat};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
-use crate::job_service::{self, Turns};
+use crate::job_service::{self, Cargo, Turns};
 use crate::open::{self, Manner};
 use crate::output::Output;
 use crate::resize_service;
@@ -118,7 +119,8 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     }
     let outcome = Arc::new(Ending::default());
     let turns = Arc::new(Turns::default());
-    let control = ControlServer::start(&entry.socket(), handlers(entry, &disk, &outcome, &turns))?;
+    let ready = Arc::new(AtomicBool::new(false));
+    let control = ControlServer::start(&entry.socket(), handlers(entry, &disk, &ready, &outcome, &turns))?;
     let serving = Serving::start(fuse, Arc::clone(&disk), Arc::clone(&survivor), &options)?;
     entry.update(|state| {
         state.size_bytes = Some(disk.size_bytes());
@@ -126,6 +128,7 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         state.descriptor = descriptor.or(state.descriptor.take());
     })?;
     survivor.set_ready()?;
+    ready.store(true, Ordering::Release);
     start_signal_thread(signals, entry.clone(), Arc::clone(&disk))?;
     output.note("serving");
     // A failure leaves everything to a successor: nothing is closed here.
@@ -211,15 +214,26 @@ impl Ending {
 }
 
 /// What can be asked of a server.
-fn handlers(entry: &Entry, disk: &Arc<Disk>, ending: &Arc<Ending>, turns: &Arc<Turns>) -> Handlers {
-    let (status_disk, stop_entry, stop_ending) = (Arc::clone(disk), entry.clone(), Arc::clone(ending));
+fn handlers(
+    entry: &Entry,
+    disk: &Arc<Disk>,
+    ready: &Arc<AtomicBool>,
+    ending: &Arc<Ending>,
+    turns: &Arc<Turns>,
+) -> Handlers {
+    let (stop_entry, stop_ending) = (entry.clone(), Arc::clone(ending));
     let (compact_disk, map_disk) = (Arc::clone(disk), Arc::clone(disk));
     let turns = Arc::clone(turns);
-    let copies = CopyService::new(Arc::clone(disk), Arc::clone(&turns));
+    let copies = Arc::new(CopyService::new(Arc::clone(disk), entry.clone(), Arc::clone(&turns)));
+    let copies_of_deltas = Arc::clone(&copies);
     let snapshots = Arc::new(SnapshotService::new(Arc::clone(disk), entry.clone(), Arc::clone(&turns)));
-    let deletes = Arc::clone(&snapshots);
+    let (deletes, merges) = (Arc::clone(&snapshots), Arc::clone(&snapshots));
+    let counted_disk = Arc::clone(disk);
     Handlers::new()
-        .with("status", move |_, _, _| status(&status_disk))
+        .with("status", {
+            let (disk, ready, turns) = (Arc::clone(disk), Arc::clone(ready), Arc::clone(&turns));
+            move |_, _, _| status(&disk, ready.load(Ordering::Acquire), &turns)
+        })
         .with(resize_service::VERB, {
             let (entry, disk, turns) = (entry.clone(), Arc::clone(disk), Arc::clone(&turns));
             move |connection, arguments, descriptors| {
@@ -245,12 +259,19 @@ fn handlers(entry: &Entry, disk: &Arc<Disk>, ending: &Arc<Ending>, turns: &Arc<T
         .with(snapshot_service::DELETE, move |connection, arguments, descriptors| {
             deletes.delete(connection, arguments, descriptors)
         })
+        .with(snapshot_service::MERGE, move |connection, arguments, descriptors| {
+            merges.merge(connection, arguments, descriptors)
+        })
+        .with(stat::VERB, move |_, _, _| stat::count(&counted_disk))
         .with(copy_service::VERB, move |connection, arguments, descriptors| {
-            copies.serve(connection, arguments, descriptors)
+            copies.serve(Cargo::Content, connection, arguments, descriptors)
+        })
+        .with(copy_service::CHAIN_VERB, move |connection, arguments, descriptors| {
+            copies_of_deltas.serve(Cargo::Deltas, connection, arguments, descriptors)
         })
 }
 
-fn status(disk: &Disk) -> Result<Value> {
+fn status(disk: &Disk, ready: bool, turns: &Turns) -> Result<Value> {
     let status = Status {
         size_bytes: disk.size_bytes(),
         cluster_bytes: disk.cluster_bytes(),
@@ -258,6 +279,8 @@ fn status(disk: &Disk) -> Result<Value> {
         read_only: disk.is_read_only(),
         poisoned: disk.is_poisoned(),
         pending_entries: disk.chain().pending() as u64,
+        ready,
+        jobs: turns.names(),
         top_image: Some(disk.chain().name(disk.chain().top()).to_path_buf()),
         space: Some(ops::space_of_top(&disk.chain())?),
     };

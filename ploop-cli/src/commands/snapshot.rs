@@ -13,7 +13,7 @@ use crate::exit::Outcome;
 use crate::output::{Output, Report};
 use crate::progress::Job;
 use crate::snapshot_service::{self, SnapshotRequest};
-use crate::snapshots::{LOCK_TIMEOUT, Target, guid};
+use crate::snapshots::{Target, guid, lock_timeout};
 
 /// Keep the current state of a disk as a snapshot
 ///
@@ -89,7 +89,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     }
     let job = Job::begin(output, None)?;
     let options = SnapshotOptions { snapshot: arguments.snapshot, temporary: false };
-    let report = ops::snapshot(&target.descriptor, &options, LOCK_TIMEOUT, &job.meter())?;
+    let report = ops::snapshot(&target.descriptor, &options, lock_timeout(), &job.meter())?;
     for deleted in &report.deleted {
         output.note(&format!("the temporary snapshot {deleted} was deleted"));
     }

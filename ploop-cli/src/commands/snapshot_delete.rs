@@ -13,7 +13,7 @@ use crate::exit::Outcome;
 use crate::output::{Output, Report};
 use crate::progress::Job;
 use crate::snapshot_service;
-use crate::snapshots::{LOCK_TIMEOUT, Target, guid};
+use crate::snapshots::{Target, guid, lock_timeout};
 
 /// Delete a snapshot
 ///
@@ -57,7 +57,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         Some((entry, _)) => snapshot_service::ask_delete(entry, &arguments.snapshot.to_string(), &job)?,
         None => {
             let options = DeleteOptions { snapshot: arguments.snapshot };
-            to_value(&ops::delete(&target.descriptor, &options, LOCK_TIMEOUT, &job.meter())?)?
+            to_value(&ops::delete(&target.descriptor, &options, lock_timeout(), &job.meter())?)?
         }
     };
     output.report(&Deleted(report))

@@ -61,6 +61,8 @@ pub(crate) enum Column {
     Current,
     /// Image file
     Fname,
+    /// Size of the disk in that state, in bytes
+    Size,
 }
 
 impl Column {
@@ -70,15 +72,17 @@ impl Column {
             Self::ParentUuid => "PARENT_UUID",
             Self::Current => "C",
             Self::Fname => "FNAME",
+            Self::Size => "SIZE",
         }
     }
 
-    /// Of the original.
+    /// Of the original, but for the size.
     fn width(self) -> usize {
         match self {
             Self::Uuid | Self::ParentUuid => 38,
             Self::Current => 1,
             Self::Fname => 32,
+            Self::Size => 14,
         }
     }
 
@@ -88,6 +92,7 @@ impl Column {
             Self::ParentUuid => entry.parent_uuid.to_string(),
             Self::Current => if entry.current { "*" } else { " " }.to_owned(),
             Self::Fname => entry.fname.display().to_string(),
+            Self::Size => entry.disk_bytes.map_or_else(|| "-".to_owned(), |bytes| bytes.to_string()),
         }
     }
 }
@@ -156,6 +161,12 @@ fn write_branch(
         match entry.host_bytes {
             Some(bytes) => write!(out, "  {}", human_bytes(bytes))?,
             None => write!(out, "  file missing")?,
+        }
+        // All of one size is the rule.
+        if let Some(bytes) = entry.disk_bytes
+            && states.iter().any(|other| other.disk_bytes.is_some_and(|size| size != bytes))
+        {
+            write!(out, "  disk of {}", human_bytes(bytes))?;
         }
         if let Some(seconds) = entry.modified_unix_seconds {
             write!(out, "  {}", date(seconds))?;
@@ -229,6 +240,7 @@ mod tests {
             fname: PathBuf::from("f"),
             transition: None,
             depth: None,
+            disk_bytes: Some(1 << 30),
             file_bytes: Some(1),
             host_bytes: Some(1 << 20),
             modified_unix_seconds: None,

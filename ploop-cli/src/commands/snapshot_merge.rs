@@ -11,8 +11,8 @@ use serde::Serialize;
 use crate::exit::Outcome;
 use crate::output::{Output, Report, human_bytes};
 use crate::progress::Job;
-use crate::snapshot_service;
-use crate::snapshots::{LOCK_TIMEOUT, Target, guid};
+use crate::snapshot_service::{self, MergeRequest};
+use crate::snapshots::{Target, guid, lock_timeout};
 
 /// Merge a state with the one below it
 ///
@@ -52,7 +52,7 @@ pub(crate) struct Arguments {
 
 #[derive(Serialize)]
 #[serde(transparent)]
-struct Merged(MergeReport);
+pub(super) struct Merged(pub(super) MergeReport);
 
 impl Report for Merged {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
@@ -78,21 +78,37 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let report = if target.served.is_some() {
         merge_served(&target, &options, &job)?
     } else {
-        ops::merge(&target.descriptor, &options, LOCK_TIMEOUT, &job.meter())?
+        ops::merge(&target.descriptor, &options, lock_timeout(), &job.meter())?
     };
     output.report(&Merged(report))
 }
 
-/// A running disk deletes one snapshot after the other: what stands on it is merged down.
-fn merge_served(target: &Target, options: &MergeOptions, job: &Job) -> Result<MergeReport> {
+/// A running disk deletes one snapshot after the other: what stands on it is merged down. Into a new file all go at once.
+pub(super) fn merge_served(target: &Target, options: &MergeOptions, job: &Job) -> Result<MergeReport> {
     let Some((entry, _)) = &target.served else {
         return target.need_closed("merge").map(|()| MergeReport::default());
     };
-    if options.new_file.is_some() {
-        target.need_closed("merge into a new file")?;
-    }
     let descriptor = target.load()?;
-    let (upper, gone) = states_to_go(&descriptor, options)?;
+    let (upper, gone) = match (states_to_go(&descriptor, options), options) {
+        // Perhaps a run that was cut had done it: the server knows.
+        (Err(error), &MergeOptions { snapshot: Some(upper), other: Some(lower), new_file: Some(_), .. })
+            if error.kind() == ErrorKind::NoSnapshot && descriptor.gone().contains(&lower) =>
+        {
+            (upper, vec![lower])
+        }
+        (states, _) => states?,
+    };
+    if let (Some(file), Some(&lower)) = (&options.new_file, gone.first()) {
+        let request = MergeRequest { lower: lower.to_string(), upper: upper.to_string(), file: file.clone() };
+        let done = snapshot_service::ask_merge(entry, &request, job)?;
+        return Ok(MergeReport {
+            state: Some(upper),
+            merged: gone,
+            file: file.clone(),
+            copied_bytes: done["merged_bytes"].as_u64().unwrap_or(0),
+            resumed: done["merged"].as_array().is_some_and(Vec::is_empty),
+        });
+    }
     let mut report = MergeReport { state: Some(upper), ..MergeReport::default() };
     for guid in gone {
         let done = snapshot_service::ask_delete(entry, &guid.to_string(), job)?;

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::exit::Outcome;
 use crate::output::{Output, Report};
 use crate::progress::Job;
-use crate::snapshots::{LOCK_TIMEOUT, Target, guid};
+use crate::snapshots::{Target, guid, lock_timeout};
 
 /// Go back to a snapshot
 ///
@@ -50,6 +50,6 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     target.need_closed("switch to a snapshot")?;
     let job = Job::begin(output, None)?;
     let options = SwitchOptions { snapshot: arguments.snapshot, keep: arguments.keep.then(Guid::random) };
-    let report = ops::switch(&target.descriptor, &options, LOCK_TIMEOUT, &job.meter())?;
+    let report = ops::switch(&target.descriptor, &options, lock_timeout(), &job.meter())?;
     output.report(&Switched(report))
 }

@@ -14,7 +14,7 @@ use crate::exit::Outcome;
 use crate::output::{Output, Report};
 use crate::progress::Job;
 use crate::snapshot_service::{self, SnapshotRequest};
-use crate::snapshots::{LOCK_TIMEOUT, Target, guid};
+use crate::snapshots::{Target, guid, lock_timeout};
 
 /// Take a temporary snapshot and mount it read-only
 ///
@@ -104,7 +104,7 @@ fn make(target: &Target, snapshot: Guid, output: &Output) -> Result<()> {
     let Some((entry, state)) = &target.served else {
         let options = SnapshotOptions { snapshot: Some(snapshot), temporary: true };
         let job = Job::begin(output, None)?;
-        return ops::snapshot(&target.descriptor, &options, LOCK_TIMEOUT, &job.meter()).map(drop);
+        return ops::snapshot(&target.descriptor, &options, lock_timeout(), &job.meter()).map(drop);
     };
     let request = SnapshotRequest { snapshot: Some(snapshot.to_string()), temporary: true };
     let made = snapshot_service::ask_snapshot(state, entry, &request, true)?;
@@ -122,7 +122,7 @@ pub(crate) fn delete(descriptor: &std::path::Path, snapshot: Guid, output: &Outp
         Some((entry, _)) => snapshot_service::ask_delete(entry, &snapshot.to_string(), &job).map(drop),
         None => {
             let options = DeleteOptions { snapshot };
-            ops::delete(&target.descriptor, &options, LOCK_TIMEOUT, &job.meter()).map(drop)
+            ops::delete(&target.descriptor, &options, lock_timeout(), &job.meter()).map(drop)
         }
     }
 }

@@ -98,7 +98,7 @@ fn snapshots_raw_images_and_what_is_refused() {
     ploop(&["check", "-u", "base", text(folder.path())]).succeeded();
     ploop(&["check", "-u", "{10000000-0000-0000-0000-000000000001}", text(folder.path())])
         .failed_with(43, &[]);
-    ploop(&["check", "-D", text(&image)]).failed_with(38, &["compacts"]);
+    ploop(&["check", "-D", text(&image)]).failed_with(38, &["ploop compact"]);
     ploop(&["check", "-b", "1M", text(&image)]).failed_with(38, &["--raw"]);
     ploop(&["check", "-r", "--repair", text(&image)]).failed_with(38, &["--repair"]);
     let raw = folder.path().join("raw.img");

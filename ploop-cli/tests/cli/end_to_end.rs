@@ -42,9 +42,7 @@ fn a_running_disk_moves_through_a_pipe() {
     let hook = stage.hook("hook");
     let (at_hook, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let (sent, received) = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            hook.answer(Duration::from_secs(60), &stop, || at_hook.store(witness.synced(), Ordering::SeqCst))
-        });
+        scope.spawn(|| hook.answer(&stop, || at_hook.store(witness.synced(), Ordering::SeqCst)));
         let sender = ["copy", "--json", "-s", source.point.to_str().unwrap(), "-F", &hook.command()];
         let ran = stage.copy(&sender, &["copy", "-d", target.to_str().unwrap()], |_| {});
         stop.store(true, Ordering::SeqCst);
@@ -67,12 +65,10 @@ fn a_running_disk_moves_through_a_pipe() {
     let (hook, whole) = (downtime["hook_ms"].as_f64().unwrap(), downtime["total_ms"].as_f64().unwrap());
     assert!(hook > 0.0 && hook < whole, "{downtime}");
     assert_ne!(at_hook.load(Ordering::SeqCst), 0, "the freeze command did not run");
-    assert!(witness.is_alive(Duration::from_secs(10)), "the source is not alive");
-    assert!(
-        witness.stall_longest() < Duration::from_secs(20),
-        "the freeze lasted {:?}",
-        witness.stall_longest()
-    );
+    assert!(witness.is_alive(), "the source is not alive");
+    let longest = witness.stall_longest();
+    println!("the longest write took {longest:?}");
+    assert!(longest < Duration::from_secs(100), "{longest:?}");
     assert!(witness.history().verify(&source.point.join("witness"), 0, 0).is_err());
     let history = witness.stop().unwrap();
 
@@ -114,7 +110,7 @@ fn source_and_copy_are_equal_byte_for_byte_at_the_freeze() {
     assert_eq!((sent.code, received.code), (0, 0), "sender: {}\nreceiver: {}", sent.stderr, received.stderr);
     let bytes = compared.unwrap().unwrap_or_else(|difference| panic!("{difference}"));
     assert!(bytes > 250 << 20, "only {bytes} bytes were compared");
-    assert!(witness.is_alive(Duration::from_secs(10)), "the source is not alive");
+    assert!(witness.is_alive(), "the source is not alive");
 }
 
 /// Whether a disk with xfs can be made and mounted here; says so where it cannot.
@@ -152,7 +148,7 @@ fn a_running_disk_with_xfs_moves_and_is_sound() {
     let target = stage.path("target").join("disk.hds");
     let line = ["copy", "-s", source.point.to_str().unwrap(), "-d", target.to_str().unwrap()];
     stage.ploop(&line).succeeded();
-    assert!(witness.is_alive(Duration::from_secs(10)), "the source is not alive");
+    assert!(witness.is_alive(), "the source is not alive");
     witness.stop().unwrap();
     // Both have one name in the file system: they are not mounted at the same time.
     stage.umount(&source);

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use serde_json::Value;
+
 use crate::support::{command, ploop, stage};
 
 /// 5 MiB and a bit, with data here and there.
@@ -75,6 +77,81 @@ fn exit_codes_of_what_cannot_be() {
         .failed_with(43, &["no snapshot"]);
     ploop(&["export", "--format", "qcow2", &disk, "-"]).failed_with(38, &["pipe"]);
     ploop(&["restore-descriptor", &disk, "root.hds"]).failed_with(1, &["there is one"]);
+}
+
+#[test]
+fn options_of_other_formats_that_name_files_are_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let disk = text(place.path());
+    ploop(&["init", "-s", "8M", "-t", "none", &text(&place.path().join("root.hds"))]).succeeded();
+    let target = text(&place.path().join("disk.other"));
+    for (format, options, said) in [
+        ("qcow2", &["-o", "backing_file=/etc/passwd"][..], "cluster_size"),
+        ("qcow2", &["-o", "cluster_size=64K,data_file=x"], "data_file"),
+        ("qcow2", &["-o", "cluster_size=64K,,data_file=x"], "no option"),
+        ("qcow2", &["-o", "compat=7"], "0.10, 1.1"),
+        ("vmdk", &["-o", "subformat=twoGbMaxExtentFlat"], "streamOptimized"),
+        ("vdi", &["-c"], "not compressed"),
+        ("raw", &["-o", "preallocation=full"], "leave -o out"),
+        ("raw", &["--compress"], "not compressed"),
+    ] {
+        let line = [&["export", "--format", format], options, &[&disk, &target]].concat();
+        ploop(&line).failed_with(38, &[said, "advice"]);
+    }
+    assert!(!Path::new(&target).exists());
+}
+
+#[test]
+fn options_reach_qemu_img_and_what_was_left_over_goes() {
+    let Some(stage) = stage() else { return };
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        println!("SKIP: qemu-img is not installed");
+        return;
+    }
+    let source = text(&stage.path("input"));
+    fs::write(&source, vec![0x5A; 4 << 20]).unwrap();
+    let disk = stage.path("disk");
+    fs::create_dir(&disk).unwrap();
+    stage.ploop(&["import", &source, &text(&disk)]).succeeded();
+    let info = |target: &Path| -> Value {
+        let told = Command::new("qemu-img").args(["info", "--output=json"]).arg(target).output().unwrap();
+        serde_json::from_slice(&told.stdout).unwrap()
+    };
+    let target = stage.path("disk.qcow2");
+    let left = stage.path("disk.qcow2.tmp.0123456789abcdef0123456789abcdef");
+    fs::write(&left, "half").unwrap();
+    let line = [
+        "export",
+        "--format",
+        "qcow2",
+        "-c",
+        "-o",
+        "cluster_size=128K,compat=v2",
+        &text(&disk),
+        &text(&target),
+    ];
+    stage.ploop(&line).succeeded();
+    assert!(!left.exists(), "a left-over of the same file goes");
+    let told = info(&target);
+    assert_eq!((&told["cluster-size"], &told["format"]), (&Value::from(131_072), &Value::from("qcow2")));
+    assert_eq!(told["format-specific"]["data"]["compat"], "0.10");
+    assert!(fs::metadata(&target).unwrap().len() < 1 << 20, "it is compressed");
+    let target = stage.path("disk.vmdk");
+    let line =
+        ["export", "--format", "vmdk", "-c", "-o", "subformat=streamOptimized", &text(&disk), &text(&target)];
+    stage.ploop(&line).succeeded();
+    assert_eq!(info(&target)["format-specific"]["data"]["create-type"], "streamOptimized");
+    // What does not fit is told by qemu-img, and there is no file.
+    let target = stage.path("wrong.qcow2");
+    let line = ["export", "--format", "qcow2", "-o", "refcount_bits=3", &text(&disk), &text(&target)];
+    stage.ploop(&line).failed_with(12, &["qemu-img failed"]);
+    assert!(!target.exists());
+    // The same for raw files; what somebody is writing stays.
+    let target = stage.path("disk.raw");
+    let left = stage.path("disk.raw.tmp.01234567-89ab-cdef-0123-456789abcdef");
+    fs::write(&left, "half").unwrap();
+    stage.ploop(&["export", &text(&disk), &text(&target)]).succeeded();
+    assert!(!left.exists() && fs::read(&target).unwrap() == fs::read(&source).unwrap());
 }
 
 /// Without `qemu-img` the other formats say what is missing, and nothing is made.

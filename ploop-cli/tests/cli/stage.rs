@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
+use crate::patience::becomes;
 use crate::referee::JudgedFolder;
 
 /// One run of `ploop` that has ended.
@@ -77,18 +77,13 @@ impl Hook {
         format!("touch '{folder}/began'; until [ -e '{folder}/go' ]; do sleep 0.002; done")
     }
 
-    /// Waits until the command has begun, calls `act`, and lets it end. `false` when it never began.
-    pub(crate) fn answer(&self, limit: Duration, stop: &AtomicBool, act: impl FnOnce()) -> bool {
-        let deadline = Instant::now() + limit;
-        while Instant::now() < deadline && !stop.load(Ordering::SeqCst) {
-            if self.folder.join("began").exists() {
-                act();
-                fs::write(self.folder.join("go"), "").expect("answer the freeze command");
-                return true;
-            }
-            std::thread::sleep(Duration::from_millis(1));
+    /// Waits until the command has begun, calls `act`, and lets it end; `stop` ends the wait.
+    pub(crate) fn answer(&self, stop: &AtomicBool, act: impl FnOnce()) {
+        let has_begun = || self.folder.join("began").exists();
+        if becomes(|| has_begun() || stop.load(Ordering::SeqCst)) && has_begun() {
+            act();
+            fs::write(self.folder.join("go"), "").expect("answer the freeze command");
         }
-        false
     }
 }
 

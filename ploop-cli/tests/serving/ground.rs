@@ -3,12 +3,13 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
+use crate::patience::{PATIENCE, becomes};
 use crate::referee::{self, JudgedFolder};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use ploop_core::device::control::Connection;
 use ploop_core::device::runtime::{Runtime, State};
 use ploop_core::io::IoBuf;
 use ploop_core::ops;
@@ -34,6 +35,11 @@ pub(crate) fn can_take_over() -> bool {
     let mut numbers =
         release.split(|byte: char| !byte.is_ascii_digit()).map(|text| text.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 9)
+}
+
+/// A path as a word of a command line.
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().expect("tests name no other paths")
 }
 
 /// A test's own folder. Whatever is mounted and served in it ends with it.
@@ -97,6 +103,24 @@ impl Ground {
         text
     }
 
+    /// Starts a command line that goes on while the test does something else.
+    #[track_caller]
+    pub(crate) fn start(&self, line: &[&str]) -> Running<'_> {
+        let said = tempfile::tempfile_in(self.folder.path()).expect("a file for what it says");
+        let into = |file: &File| Stdio::from(file.try_clone().expect("one more descriptor"));
+        let mut command = self.command(line);
+        let child = command.stdin(Stdio::null()).stdout(into(&said)).stderr(into(&said)).spawn();
+        Running { ground: self, line: line.join(" "), child: child.expect("start ploop"), said }
+    }
+
+    /// Starts a command line and waits until the server of the only disk works at `job` for it.
+    #[track_caller]
+    pub(crate) fn start_job(&self, job: &str, line: &[&str]) -> Running<'_> {
+        let mut running = self.start(line);
+        running.wait_until(job, || self.status()["jobs"].as_array().unwrap().contains(&job.into()));
+        running
+    }
+
     /// Mounts and gives the device.
     #[track_caller]
     pub(crate) fn mount(&self, line: &[&str]) -> PathBuf {
@@ -108,12 +132,19 @@ impl Ground {
         Runtime::at(self.path("run")).expect("the run-time folder")
     }
 
-    /// The record of the only disk served.
+    /// The record of the only disk served that is written to; others may be its snapshots.
     #[track_caller]
     pub(crate) fn state(&self) -> State {
         let states = self.runtime().states().expect("read the records");
-        assert_eq!(states.len(), 1, "{states:?}");
-        states.into_iter().next().expect("one")
+        let mut writing = states.iter().filter(|state| !state.open.read_only || states.len() == 1);
+        let (Some(state), None) = (writing.next(), writing.next()) else { panic!("not one: {states:?}") };
+        state.clone()
+    }
+
+    /// The control socket of that disk.
+    #[track_caller]
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.runtime().entry(&self.state().id).socket()
     }
 
     /// What keepers and servers have said, for messages of failed tests.
@@ -128,37 +159,100 @@ impl Ground {
     /// Asks the server of the only disk how it is.
     #[track_caller]
     pub(crate) fn status(&self) -> serde_json::Value {
-        let socket = self.runtime().entry(&self.state().id).socket();
-        let connection = ploop_core::device::control::Connection::open(&socket).expect("connect");
-        connection.ask("status", &(), &[], Some(Duration::from_secs(10)), |_| {}).expect("a status")
+        status_at(&self.socket()).expect("a status")
     }
 
     /// Kills the server of the only disk and waits until a successor serves it.
     #[track_caller]
     pub(crate) fn kill_server_and_wait(&self) {
         let before = self.state();
-        let server = before.server.expect("there is a server");
-        signal(server.id, Signal::SIGKILL);
+        signal(before.server.expect("there is a server").id, Signal::SIGKILL);
+        self.wait_for_successor(&before);
+    }
+
+    /// Waits until another server than that of `before` serves the only disk.
+    #[track_caller]
+    pub(crate) fn wait_for_successor(&self, before: &State) {
         self.wait_until("a successor serves", || {
             let state = self.state();
             assert_eq!(state.failure, None, "{}", self.logs());
-            state.server != before.server
-                && ploop_core::device::control::Connection::open(&self.runtime().entry(&state.id).socket())
-                    .and_then(|connection| {
-                        connection.ask("status", &(), &[], Some(Duration::from_secs(10)), |_| {})
-                    })
-                    .is_ok()
+            state.server != before.server && self.is_ready()
         });
     }
 
-    /// Waits, a minute at most.
+    /// Whether the only disk is served.
+    pub(crate) fn is_ready(&self) -> bool {
+        status_at(&self.socket()).is_ok_and(|status| status["ready"] == true)
+    }
+
+    /// Waits until it is so; a test that waits in vain shows what the servers said.
     #[track_caller]
-    pub(crate) fn wait_until(&self, what: &str, mut is_so: impl FnMut() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while !is_so() {
-            assert!(Instant::now() < deadline, "waited in vain until {what}: {}", self.logs());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+    pub(crate) fn wait_until(&self, what: &str, is_so: impl FnMut() -> bool) {
+        assert!(becomes(is_so), "waited in vain until {what}: {}", self.logs());
+    }
+}
+
+/// What the server behind a socket says of itself.
+fn status_at(socket: &Path) -> ploop_core::Result<serde_json::Value> {
+    Connection::open(socket)?.ask("status", &(), &[], Some(PATIENCE), |_| {})
+}
+
+/// A command that goes on while the test does something else. It does not outlive the test.
+pub(crate) struct Running<'a> {
+    ground: &'a Ground,
+    line: String,
+    child: Child,
+    said: File,
+}
+
+impl Running<'_> {
+    /// Waits for something that happens while the command runs: its end ends the test.
+    #[track_caller]
+    pub(crate) fn wait_until(&mut self, what: &str, mut is_so: impl FnMut() -> bool) {
+        let ground = self.ground;
+        ground.wait_until(what, || {
+            // Looked at first: what the command has done before its end counts.
+            let ended = self.child.try_wait().expect("look at the command");
+            let so = is_so();
+            assert!(so || ended.is_none(), "`{}` ended before {what}: {}", self.line, self.said());
+            so
+        });
+    }
+
+    /// Sends it a signal and waits for its end.
+    #[track_caller]
+    pub(crate) fn end_by(self, by: Signal) -> ExitStatus {
+        signal(self.child.id(), by);
+        self.wait()
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub(crate) fn wait(mut self) -> ExitStatus {
+        let mut ended = None;
+        self.ground.wait_until(&format!("`{}` ends", self.line), || {
+            ended = self.child.try_wait().expect("look at the command");
+            ended.is_some()
+        });
+        let ended = ended.expect("it has ended");
+        println!("`{}`: {ended}: {}", self.line, self.said());
+        ended
+    }
+
+    /// What it has printed and complained.
+    pub(crate) fn said(&self) -> String {
+        let mut said =
+            vec![0; usize::try_from(self.said.metadata().expect("a length").len()).expect("short")];
+        self.said.read_exact_at(&mut said, 0).expect("read what was said");
+        String::from_utf8_lossy(&said).into_owned()
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        // One that has ended is left alone.
+        self.child.kill().ok();
+        self.child.wait().ok();
     }
 }
 

@@ -10,13 +10,9 @@ use ploop_core::device::{Client, Disk, DiskOptions};
 use ploop_core::io::Access;
 use ploop_core::{Extent, ops};
 
-use crate::ground::{Direct, Ground, expect_stamped, program, signal};
+use crate::ground::{Direct, Ground, expect_stamped, program, signal, text};
 
 const MIB: u64 = 1 << 20;
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 #[test]
 fn a_file_system_lives_through_unmount_and_mount() {
@@ -185,6 +181,37 @@ fn exit_codes_say_what_is_wrong() {
     fs::File::create(&raw).unwrap().set_len(64 * MIB).unwrap();
     ground.ends_with(11, &["mount", text(&raw)]);
     ground.mount(&["-f", "raw", text(&raw)]);
+}
+
+/// A device that was taken away by hand, or by an unmount that went half way, is somebody else's the next moment.
+#[test]
+fn a_device_that_shows_another_disk_by_now_is_left_alone() {
+    let Some(ground) = Ground::new() else { return };
+    let (one, other) = (ground.create("one", 64, 1024), ground.create("other", 64, 1024));
+    let device = ground.mount(&[text(&other)]);
+    program("mkfs.ext4", &["-q", text(&device)]);
+    ground.ends_with(0, &["umount", text(&other)]);
+    let point = ground.make_folder("point");
+    // Other tests take loop devices as well.
+    let device = (0..50).find_map(|_| {
+        let device = ground.mount(&["-n", text(&one)]);
+        program("losetup", &["-d", text(&device)]);
+        let taken = ground.run(&["mount", "-d", text(&device), "-m", text(&point), text(&other)]);
+        if !taken.status.success() {
+            ground.ends_with(0, &["umount", text(&one)]);
+        }
+        taken.status.success().then_some(device)
+    });
+    let device = device.expect("the device was free for once");
+    let listed = ground.ends_with(0, &["list"]);
+    let shown = one.with_file_name("DiskDescriptor.xml");
+    assert!(listed.lines().any(|line| line.starts_with("- ") && line.contains(text(&shown))), "{listed}");
+    fs::write(point.join("file"), "other").unwrap();
+    ground.ends_with(0, &["umount", text(&one)]);
+    assert_eq!(fs::read_to_string(point.join("file")).unwrap(), "other", "still mounted");
+    assert!(ground.ends_with(0, &["list"]).contains(text(&point)));
+    ground.ends_with(0, &["umount", text(&device)]);
+    assert!(ground.runtime().states().unwrap().is_empty());
 }
 
 #[test]

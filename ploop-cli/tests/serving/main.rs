@@ -4,7 +4,11 @@
 
 mod death;
 mod ground;
+mod guests;
+mod killed;
 mod life;
+#[path = "../../../ploop-core/tests/patience/mod.rs"]
+mod patience;
 #[path = "../../../ploop-core/tests/referee/mod.rs"]
 mod referee;
 mod resize;

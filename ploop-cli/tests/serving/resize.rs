@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
 use crate::ground::{Direct, Ground, can_take_over, program, signal};
+use crate::guests::{beside, rewrite_files};
 
 const MIB: u64 = 1 << 20;
 
@@ -76,36 +76,6 @@ fn check_with_qemu(descriptor: &str) {
     }
 }
 
-/// Stops the writer also when the test fails, or its thread would be waited for in vain.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Rewrites its files again and again until told to stop; how often, and no failure.
-fn write_until(stop: &AtomicBool, rounds: &AtomicU64, point: &Path) {
-    let mut round = 0u8;
-    while !stop.load(Ordering::Relaxed) {
-        for number in 0..4u8 {
-            let path = point.join(format!("busy{number}"));
-            fs::write(&path, vec![round ^ number; 500_000]).expect("write while the disk grows");
-            let file = fs::File::open(&path).expect("open");
-            if round.is_multiple_of(8) {
-                file.sync_all().expect("sync while the disk grows");
-            }
-        }
-        for number in 0..4u8 {
-            let found = fs::read(point.join(format!("busy{number}"))).expect("read while the disk grows");
-            assert!(found.iter().all(|&byte| byte == round ^ number), "a read sees every write");
-        }
-        round = round.wrapping_add(1);
-        rounds.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn a_mounted_disk_grows_under_a_writer() {
     for (file_system, tool, size) in [("ext4", "resize2fs", "200M"), ("xfs", "xfs_growfs", "400M")] {
@@ -118,25 +88,22 @@ fn a_mounted_disk_grows_under_a_writer() {
         let device = ground.mount(&["-m", point.to_str().expect("a name"), &descriptor]);
         write_files(&point, 30, 1);
         let before = file_system_bytes(&point);
-        let stop = AtomicBool::new(false);
-        let rounds = AtomicU64::new(0);
-        std::thread::scope(|scope| {
-            let writer = scope.spawn(|| write_until(&stop, &rounds, &point));
-            let stopping = Stop(&stop);
-            for (target, bytes) in [("800M", 800 * MIB), ("2G", 2048 * MIB)] {
-                let now = rounds.load(Ordering::Relaxed);
-                let text = ground.ends_with(0, &["--json", "resize", "-s", target, &descriptor]);
-                let value: serde_json::Value =
-                    serde_json::from_str(text.lines().last().expect("a report")).expect("JSON");
-                assert_eq!(value["size_bytes"], bytes, "{text}");
-                assert_eq!(value["file_system"], file_system, "{text}");
-                assert!(value["held_ms"].as_u64().is_some(), "{text}");
-                assert!(file_system_bytes(&point) > bytes * 3 / 4, "the file system has grown");
-                ground.wait_until("the writer goes on", || rounds.load(Ordering::Relaxed) > now + 3);
-            }
-            drop(stopping);
-            writer.join().expect("the writer");
-        });
+        beside(
+            1,
+            |_, guest| rewrite_files(&point, guest),
+            |guest| {
+                for (target, bytes) in [("800M", 800 * MIB), ("2G", 2048 * MIB)] {
+                    let text = ground.ends_with(0, &["--json", "resize", "-s", target, &descriptor]);
+                    let value: serde_json::Value =
+                        serde_json::from_str(text.lines().last().expect("a report")).expect("JSON");
+                    assert_eq!(value["disk_bytes"], bytes, "{text}");
+                    assert_eq!(value["file_system"], file_system, "{text}");
+                    assert!(value["held_ms"].as_u64().is_some(), "{text}");
+                    assert!(file_system_bytes(&point) > bytes * 3 / 4, "the file system has grown");
+                    guest.goes_on(&ground, 4);
+                }
+            },
+        );
         assert!(file_system_bytes(&point) > before * 4);
         // By the device, and nothing to do.
         ground.ends_with(0, &["resize", "-s", "2G", device.to_str().expect("a name")]);
@@ -177,22 +144,19 @@ fn a_refused_growth_of_the_file_system_is_finished_later() {
     let point = ground.make_folder("mnt");
     let mounted = ["-m", point.to_str().expect("a name"), descriptor.as_str()];
     ground.mount(&mounted);
-    let stop = AtomicBool::new(false);
-    let rounds = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        let writer = scope.spawn(|| write_until(&stop, &rounds, &point));
-        let stopping = Stop(&stop);
-        let output = ground.run(&["resize", "-s", "800M", &descriptor]);
-        match output.status.code() {
-            Some(0) => {}
-            Some(26) => assert!(String::from_utf8_lossy(&output.stderr).contains("CAP_SYS_RESOURCE")),
-            other => panic!("{other:?}: {}", String::from_utf8_lossy(&output.stderr)),
-        }
-        let now = rounds.load(Ordering::Relaxed);
-        ground.wait_until("the writer goes on", || rounds.load(Ordering::Relaxed) > now + 1);
-        drop(stopping);
-        writer.join().expect("the writer");
-    });
+    beside(
+        1,
+        |_, guest| rewrite_files(&point, guest),
+        |guest| {
+            let output = ground.run(&["resize", "-s", "800M", &descriptor]);
+            match output.status.code() {
+                Some(0) => {}
+                Some(26) => assert!(String::from_utf8_lossy(&output.stderr).contains("CAP_SYS_RESOURCE")),
+                other => panic!("{other:?}: {}", String::from_utf8_lossy(&output.stderr)),
+            }
+            guest.goes_on(&ground, 2);
+        },
+    );
     write_files(&point, 10, 1);
     ground.ends_with(0, &["umount", &descriptor]);
     ground.ends_with(0, &["resize", "-s", "800M", &descriptor]);
@@ -234,6 +198,61 @@ fn a_closed_disk_grows_and_shrinks_with_its_file_system() {
         ground.ends_with(0, &["umount", &descriptor]);
         ground.mount(&mounted);
         expect_files(&point, 30, 7);
+        ground.ends_with(0, &["umount", &descriptor]);
+        if !more.contains(&"raw") {
+            check_with_qemu(&descriptor);
+        }
+    }
+}
+
+/// Its snapshot keeps its size, can be mounted and gone back to, and is merged while the disk runs.
+#[test]
+fn a_disk_with_a_snapshot_shrinks_and_grows_again() {
+    const SNAPSHOT: &str = "{11111111-1111-1111-1111-111111111111}";
+    for more in [&["-b", "64"][..], &["-b", "64", "-f", "raw"]] {
+        let Some(ground) = Ground::new() else { return };
+        if !has("resize2fs") {
+            return;
+        }
+        let descriptor = init(&ground, "disk", "400M", "ext4", more);
+        let point = ground.make_folder("mnt");
+        let mounted = ["-m", point.to_str().expect("a name"), descriptor.as_str()];
+        let shown = ground.make_folder("shown");
+        let shown_at = shown.to_str().expect("a name");
+        ground.mount(&mounted);
+        write_files(&point, 40, 1);
+        let full = file_system_bytes(&point);
+        ground.ends_with(0, &["snapshot", "-u", SNAPSHOT, &descriptor]);
+        write_files(&point, 40, 2);
+        ground.ends_with(0, &["umount", &descriptor]);
+        ground.ends_with(0, &["resize", "-s", "100M", &descriptor]);
+        assert_eq!(size_of(&ground, &descriptor), 100 * MIB);
+        let sizes = ground.ends_with(0, &["snapshot-list", "-H", "-o", "size", &descriptor]);
+        let sizes: Vec<&str> = sizes.lines().map(str::trim).collect();
+        assert_eq!(sizes, [(400 * MIB).to_string(), (100 * MIB).to_string()]);
+        ground.ends_with(0, &["check", &descriptor]);
+        ground.ends_with(0, &["diff", "-u", SNAPSHOT, &descriptor]);
+        let text = ground.ends_with(0, &["mount", "-r", "-u", SNAPSHOT, "-m", shown_at, &descriptor]);
+        assert!(!text.contains("resize"), "no warning: {text}");
+        expect_files(&shown, 40, 1);
+        assert_eq!(file_system_bytes(&shown), full);
+        ground.mount(&mounted);
+        expect_files(&point, 40, 2);
+        assert!(file_system_bytes(&point) < 100 * MIB);
+        ground.ends_with(0, &["umount", shown_at]);
+        ground.ends_with(0, &["umount", point.to_str().expect("a name")]);
+        ground.ends_with(0, &["resize", "-s", "700M", &descriptor]);
+        let device = ground.mount(&[descriptor.as_str()]);
+        program("e2fsck", &["-f", "-n", device.to_str().expect("a name")]);
+        ground.ends_with(0, &["umount", &descriptor]);
+        ground.mount(&mounted);
+        ground.ends_with(0, &["snapshot-delete", "-u", SNAPSHOT, &descriptor]);
+        expect_files(&point, 40, 2);
+        assert!(file_system_bytes(&point) > full);
+        ground.ends_with(0, &["umount", &descriptor]);
+        ground.ends_with(0, &["check", &descriptor]);
+        let device = ground.mount(&[descriptor.as_str()]);
+        program("e2fsck", &["-f", "-n", device.to_str().expect("a name")]);
         ground.ends_with(0, &["umount", &descriptor]);
         if !more.contains(&"raw") {
             check_with_qemu(&descriptor);
@@ -337,34 +356,27 @@ fn a_server_killed_while_it_grows_is_succeeded_and_the_command_finishes() {
     let point = ground.make_folder("mnt");
     ground.mount(&["-m", point.to_str().expect("a name"), &descriptor]);
     write_files(&point, 20, 3);
-    let stop = AtomicBool::new(false);
-    let rounds = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        let writer = scope.spawn(|| write_until(&stop, &rounds, &point));
-        let stopping = Stop(&stop);
-        // A server that dies five times is given up.
-        for (step, wait_ms) in [5u64, 25, 60].into_iter().enumerate() {
-            let target = format!("{}M", 800 * (step + 1));
-            let before = ground.state();
-            let mut growing =
-                ground.command(&["resize", "-s", &target, &descriptor]).spawn().expect("start ploop");
-            std::thread::sleep(Duration::from_millis(wait_ms));
-            signal(before.server.expect("a server").id, Signal::SIGKILL);
-            growing.wait().expect("wait for ploop");
-            ground.wait_until("a successor serves", || {
-                let state = ground.state();
-                assert_eq!(state.failure, None, "{}", ground.logs());
-                state.server != before.server && ground.run(&["info", &descriptor]).status.success()
-            });
-            ground.wait_until("the command finishes", || {
-                ground.run(&["resize", "-s", &target, &descriptor]).status.success()
-            });
-            let now = rounds.load(Ordering::Relaxed);
-            ground.wait_until("the writer goes on", || rounds.load(Ordering::Relaxed) > now + 1);
-        }
-        drop(stopping);
-        writer.join().expect("the writer");
-    });
+    beside(
+        1,
+        |_, guest| rewrite_files(&point, guest),
+        |guest| {
+            // A server that dies five times is given up.
+            for (step, wait_ms) in [5u64, 25, 60].into_iter().enumerate() {
+                let target = format!("{}M", 800 * (step + 1));
+                let before = ground.state();
+                let growing = ground.start(&["resize", "-s", &target, &descriptor]);
+                // Any moment will do.
+                std::thread::sleep(Duration::from_millis(wait_ms));
+                signal(before.server.expect("a server").id, Signal::SIGKILL);
+                growing.wait();
+                ground.wait_for_successor(&before);
+                ground.wait_until("the command finishes", || {
+                    ground.run(&["resize", "-s", &target, &descriptor]).status.success()
+                });
+                guest.goes_on(&ground, 2);
+            }
+        },
+    );
     expect_files(&point, 20, 3);
     assert!(file_system_bytes(&point) > 2000 * MIB);
     ground.ends_with(0, &["umount", &descriptor]);

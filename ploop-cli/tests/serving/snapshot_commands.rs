@@ -5,21 +5,17 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use ploop_core::device::control::{ControlServer, Handlers};
 use ploop_core::{Error, ErrorKind};
 use serde_json::json;
 
-use crate::ground::{Direct, Ground, program, signal};
+use crate::ground::{Direct, Ground, program, text};
+use crate::patience::PATIENCE;
 
 const ONE: &str = "{11111111-1111-1111-1111-111111111111}";
 const OTHER: &str = "{99999999-9999-9999-9999-999999999999}";
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// A disk with an ext4 file system that is mounted, and where.
 fn mounted(ground: &Ground) -> (PathBuf, PathBuf) {
@@ -108,7 +104,7 @@ fn a_command_killed_in_the_freeze_leaves_nothing_frozen() {
     let Some(ground) = Ground::new() else { return };
     let (image, point) = mounted(&ground);
     // A server that asks for the freeze and then says nothing any more.
-    let socket = ground.runtime().entry(&ground.state().id).socket();
+    let socket = ground.socket();
     let aside = SocketAside(socket.clone(), socket.with_extension("aside"));
     fs::rename(&aside.0, &aside.1).unwrap();
     let (frozen, is_frozen) = mpsc::channel();
@@ -117,21 +113,19 @@ fn a_command_killed_in_the_freeze_leaves_nothing_frozen() {
         Handlers::new().with("snapshot", move |connection, _, _| {
             // As a server does: the guardian is told with the first.
             connection.send(&json!({"ask": "hook"}), &[])?;
-            drop(connection.receive(Some(Duration::from_secs(60)))?);
+            drop(connection.receive(Some(PATIENCE))?);
             connection.send(&json!({"ask": "freeze"}), &[])?;
-            drop(connection.receive(Some(Duration::from_secs(60)))?);
+            drop(connection.receive(Some(PATIENCE))?);
             frozen.send(()).ok();
-            connection.wait_closed(Duration::from_secs(60));
+            connection.wait_closed(PATIENCE);
             Err(Error::new(ErrorKind::Cancelled, "the test is over"))
         }),
     )
     .unwrap();
-    let mut command = ground.command(&["snapshot", text(image.parent().unwrap())]);
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let begun = is_frozen.recv_timeout(Duration::from_secs(60));
+    let command = ground.start(&["snapshot", text(image.parent().unwrap())]);
+    let begun = is_frozen.recv_timeout(PATIENCE);
     let again = Command::new("fsfreeze").args(["-f", text(&point)]).stderr(Stdio::null()).status().unwrap();
-    signal(child.id(), Signal::SIGKILL);
-    child.wait().unwrap();
+    command.end_by(Signal::SIGKILL);
     begun.unwrap();
     assert!(!again.success(), "it was not frozen");
     // A file system that is frozen keeps this waiting: on its own, so that the test goes on.
@@ -144,12 +138,12 @@ fn a_command_killed_in_the_freeze_leaves_nothing_frozen() {
         });
         done.send(written).ok();
     });
-    let written = is_done.recv_timeout(Duration::from_secs(30));
+    let written = is_done.recv_timeout(PATIENCE);
     if written.is_err() {
         Command::new("fsfreeze").args(["-u", text(&point)]).status().unwrap();
     }
     written.unwrap().unwrap();
-    server.stop(Duration::from_secs(5));
+    server.stop(PATIENCE);
     drop(aside);
     ground.ends_with(0, &["snapshot", "-u", ONE, text(&point)]);
     ground.ends_with(0, &["snapshot-delete", "-u", ONE, text(&point)]);
@@ -226,19 +220,17 @@ fn the_second_of_two_commands_is_refused_and_changes_nothing() {
     let direct = Direct::open(&device);
     ground.ends_with(0, &["snapshot", "-u", ONE, text(folder)]);
     direct.write(0, 8 << 20, 1).unwrap();
-    // Slow enough to be met at work.
-    let mut command = ground.command(&["snapshot-delete", "-u", ONE, "--limit", "1M", text(folder)]);
-    let mut first = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // So slow that it is met at work.
+    let mut first = ground.start(&["snapshot-delete", "-u", ONE, "--limit", "64K", text(folder)]);
     let descriptor = folder.join("DiskDescriptor.xml");
-    ground.wait_until("the merge has begun", || {
+    first.wait_until("the merge has begun", || {
         fs::read_to_string(&descriptor).is_ok_and(|text| text.contains("Temporary"))
     });
     for line in [&["snapshot"][..], &["snapshot-delete", "-u", ONE], &["tsnapshot", "-c", "backup"]] {
         ground.ends_with(17, &[line, &[text(folder)]].concat());
     }
     // The merge is cancelled; what the guest does then is what it finds.
-    signal(first.id(), Signal::SIGINT);
-    assert!(!first.wait().unwrap().success());
+    assert_eq!(first.end_by(Signal::SIGINT).code(), Some(29));
     direct.expect(0, 8 << 20, 1);
     direct.write(0, 1 << 20, 2).unwrap();
     ground.ends_with(0, &["snapshot-delete", "-u", ONE, text(folder)]);

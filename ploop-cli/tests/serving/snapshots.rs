@@ -4,8 +4,8 @@
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -15,17 +15,15 @@ use ploop_core::io::file::DirectoryFolder;
 use ploop_core::io::sim::Random;
 use serde_json::{Value, json};
 
-use crate::ground::{Direct, Ground, can_take_over, program, signal};
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
+use crate::ground::{Direct, Ground, can_take_over, program, signal, text};
+use crate::guests::{Blocks, Guest, beside};
+use crate::patience::PATIENCE;
 
 /// Asks the server of a disk to make a snapshot; freezes the file system at `point` as it is told to.
 fn snapshot(ground: &Ground, point: Option<&Path>) -> ploop_core::Result<Value> {
-    let connection = Connection::open(&socket(ground))?;
+    let connection = Connection::open(&ground.socket())?;
     let mut is_frozen = false;
-    let made = connection.ask("snapshot", &json!({}), &[], Some(Duration::from_secs(60)), |asked| {
+    let made = connection.ask("snapshot", &json!({}), &[], Some(PATIENCE), |asked| {
         match (asked["ask"].as_str().unwrap(), point) {
             ("sync", Some(point)) => drop(program("sync", &["-f", text(point)])),
             ("freeze", Some(point)) => {
@@ -49,18 +47,11 @@ fn snapshot(ground: &Ground, point: Option<&Path>) -> ploop_core::Result<Value> 
     made
 }
 
-/// The disk that is written to: others are snapshots of it.
-fn socket(ground: &Ground) -> PathBuf {
-    let states = ground.runtime().states().unwrap();
-    let writing = states.iter().find(|state| !state.open.read_only).unwrap();
-    ground.runtime().entry(&writing.id).socket()
-}
-
 fn delete(ground: &Ground, guid: &str) -> ploop_core::Result<Value> {
-    let connection = Connection::open(&socket(ground))?;
+    let connection = Connection::open(&ground.socket())?;
     let (leash, _held) = nix::unistd::pipe().unwrap();
     let request = json!({"arguments": {"snapshot": guid}});
-    connection.ask("snapshot-delete", &request, &[leash.as_fd()], Some(Duration::from_secs(60)), |_| {})
+    connection.ask("snapshot-delete", &request, &[leash.as_fd()], Some(PATIENCE), |_| {})
 }
 
 fn name(report: &Value) -> String {
@@ -81,14 +72,6 @@ fn bundle(image: &Path) -> (Vec<String>, usize) {
 /// Servers killed in one mount.
 const KILLS_PER_MOUNT: u64 = 4;
 
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-}
-
 #[test]
 fn a_mounted_file_system_is_kept_as_it_was_and_goes_on() {
     let Some(ground) = Ground::new() else { return };
@@ -98,26 +81,24 @@ fn a_mounted_file_system_is_kept_as_it_was_and_goes_on() {
     ground.ends_with(0, &["umount", text(&device)]);
     let (point, kept) = (ground.make_folder("point"), ground.make_folder("kept"));
     ground.mount(&["-m", text(&point), text(&image)]);
-    let stop = AtomicBool::new(false);
     let written = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        let ending = StopOnDrop(&stop);
-        scope.spawn(|| {
-            // Each file says which it is, and the next is begun when it is whole.
-            for number in 0_u64.. {
-                if stop.load(Ordering::SeqCst) {
-                    return;
-                }
-                let content = number.to_le_bytes().repeat(512 + (number as usize % 7) * 3000);
-                let path = point.join(format!("file-{}", number % 400));
-                fs::write(&path, &content).unwrap();
-                assert!(fs::read(&path).unwrap() == content);
-                written.store(number, Ordering::SeqCst);
+    let write = |_, guest: &Guest| {
+        // Each file says which it is, and the next is begun when it is whole.
+        for number in 0_u64.. {
+            if guest.is_over() {
+                return;
             }
-        });
+            let content = number.to_le_bytes().repeat(512 + (number as usize % 7) * 3000);
+            let path = point.join(format!("file-{}", number % 400));
+            fs::write(&path, &content).unwrap();
+            assert!(fs::read(&path).unwrap() == content);
+            written.store(number, Ordering::SeqCst);
+            guest.step();
+        }
+    };
+    beside(1, write, |guest| {
         for round in 0..3 {
-            let least = written.load(Ordering::SeqCst) + 20;
-            ground.wait_until("more is written", || written.load(Ordering::SeqCst) >= least);
+            guest.goes_on(&ground, 20);
             let before = written.load(Ordering::SeqCst);
             let report = snapshot(&ground, Some(&point)).unwrap();
             println!("held for {} ms, frozen for {} ms", report["held_ms"], report["frozen_ms"]);
@@ -146,64 +127,22 @@ fn a_mounted_file_system_is_kept_as_it_was_and_goes_on() {
                 println!("merged {} bytes, held for {} ms", report["merged_bytes"], report["held_ms"]);
             }
         }
-        drop(ending);
     });
     let (left, files) = bundle(&image);
     assert_eq!((left.len(), files), (1, 2));
-    let (first, _) = (&left[0], ());
-    delete(&ground, first).unwrap();
+    delete(&ground, &left[0]).unwrap();
     assert_eq!(bundle(&image), (Vec::new(), 1));
     ground.ends_with(0, &["umount", "-m", text(&point)]);
     let device = ground.mount(&["-r", text(&image)]);
     program("e2fsck", &["-f", "-n", text(&device)]);
 }
 
-/// Writers that own their blocks and check them in each round, while `disturb` works; then everything is checked on a
-/// new mount.
-fn under_writers(ground: &Ground, image: &Path, disturb: impl FnOnce()) {
-    const WRITERS: u64 = 3;
-    const BLOCK: usize = 16 << 10;
-    const BLOCKS: u64 = 300;
-    let device = ground.runtime().states().unwrap()[0].loop_device.clone().unwrap();
-    let direct = Direct::open(&device);
-    let stop = AtomicBool::new(false);
-    let rounds: Vec<AtomicU64> = (0..WRITERS).map(|_| AtomicU64::new(0)).collect();
-    std::thread::scope(|scope| {
-        for writer in 0..WRITERS {
-            let (direct, stop, done) = (&direct, &stop, &rounds[writer as usize]);
-            scope.spawn(move || {
-                let place = |block: u64| ((block * 7 % BLOCKS) * WRITERS + writer) * BLOCK as u64;
-                for round in 1.. {
-                    for block in 0..BLOCKS {
-                        if round > 1 {
-                            direct.expect(place(block), BLOCK, round - 1);
-                        }
-                        direct.write(place(block), BLOCK, round).unwrap();
-                        if block % 50 == 0 && writer % 2 == 0 {
-                            direct.sync().unwrap();
-                        }
-                    }
-                    done.store(round, Ordering::SeqCst);
-                    if stop.load(Ordering::SeqCst) {
-                        return;
-                    }
-                }
-            });
-        }
-        let _ending = StopOnDrop(&stop);
-        disturb();
-    });
-    drop(direct);
+/// Writers that check what they wrote, while `disturb` works; then everything is checked on a new mount.
+fn under_writers(ground: &Ground, image: &Path, disturb: impl FnOnce(&Guest)) {
+    let blocks = Blocks::new(3, 300);
+    blocks.written_beside(&ground.state().loop_device.unwrap(), disturb);
     ground.ends_with(0, &["umount", text(image)]);
-    let device = ground.mount(&["-n", "-r", text(image)]);
-    let reader = Direct::open(&device);
-    for writer in 0..WRITERS {
-        for block in 0..BLOCKS {
-            let round = rounds[writer as usize].load(Ordering::SeqCst);
-            reader.expect((block * WRITERS + writer) * BLOCK as u64, BLOCK, round);
-        }
-    }
-    drop(reader);
+    blocks.expect(&ground.mount(&["-n", "-r", text(image)]));
     ground.ends_with(0, &["umount", text(image)]);
 }
 
@@ -212,7 +151,7 @@ fn many_snapshots_and_merges_under_load_change_nothing() {
     let Some(ground) = Ground::new() else { return };
     let image = ground.create("disk", 64, 64);
     ground.mount(&["-n", "--threads", "2", text(&image)]);
-    under_writers(&ground, &image, || {
+    under_writers(&ground, &image, |_| {
         let mut kept: Vec<String> = Vec::new();
         for round in 0..24 {
             if kept.len() < 5 && round % 3 != 2 {
@@ -250,17 +189,17 @@ fn servers_that_die_in_snapshots_and_merges_lose_nothing() {
 
 /// Kills servers at random moments of snapshots and merges under load, then ends what was cut, and the mount.
 fn kill_servers(ground: &Ground, image: &Path, seed: u64) {
-    under_writers(ground, image, || {
+    under_writers(ground, image, |guest| {
         let mut random = Random::new(seed);
         for _ in 0..KILLS_PER_MOUNT {
-            // One that dies before it has come to serving counts as one that cannot.
-            std::thread::sleep(Duration::from_millis(300));
-            let victim = ground.state().server.unwrap().id;
-            let before = ground.state().server;
+            guest.goes_on(ground, 50);
+            let before = ground.state();
+            let victim = before.server.unwrap().id;
             let delay = random.below(60_000);
             let deletes = random.chance(50);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
+                    // Any moment will do.
                     std::thread::sleep(Duration::from_micros(delay));
                     signal(victim, Signal::SIGKILL);
                 });
@@ -271,14 +210,7 @@ fn kill_servers(ground: &Ground, image: &Path, seed: u64) {
                     None => drop(snapshot(ground, None)),
                 }
             });
-            ground.wait_until("a successor serves", || {
-                let state = ground.state();
-                assert_eq!(state.failure, None, "{}", ground.logs());
-                state.server != before
-                    && Connection::open(&socket(ground)).is_ok_and(|connection| {
-                        connection.ask("status", &(), &[], Some(Duration::from_secs(10)), |_| {}).is_ok()
-                    })
-            });
+            ground.wait_for_successor(&before);
         }
         // The same commands again end what was cut.
         for guid in bundle(image).0 {
@@ -297,18 +229,11 @@ fn a_full_host_and_other_jobs_are_told_and_the_disk_goes_on() {
     let direct = Direct::open(&device);
     direct.write(0, 65536, 1).unwrap();
     // A descriptor that somebody else works on: nothing is changed.
-    let connection = Connection::open(&socket(&ground)).unwrap();
-    let wrong = connection.ask(
-        "snapshot",
-        &json!({"snapshot": "no guid"}),
-        &[],
-        Some(Duration::from_secs(10)),
-        |_| {},
-    );
+    let connection = Connection::open(&ground.socket()).unwrap();
+    let wrong = connection.ask("snapshot", &json!({"snapshot": "no guid"}), &[], Some(PATIENCE), |_| {});
     assert!(wrong.is_err());
     let taken = name(&snapshot(&ground, None).unwrap());
-    let again =
-        connection.ask("snapshot", &json!({"snapshot": taken}), &[], Some(Duration::from_secs(10)), |_| {});
+    let again = connection.ask("snapshot", &json!({"snapshot": taken}), &[], Some(PATIENCE), |_| {});
     assert_eq!(again.unwrap_err().kind(), ploop_core::ErrorKind::Parameter);
     direct.write(65536, 65536, 2).unwrap();
     direct.expect(0, 65536, 1);

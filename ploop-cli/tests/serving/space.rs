@@ -2,20 +2,15 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Stdio;
-use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::ground::{Direct, Ground, program, signal};
+use crate::ground::{Direct, Ground, program, text};
 
 const MIB: u64 = 1 << 20;
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// What the image takes on the host, in MiB.
 fn host_mib(image: &Path) -> u64 {
@@ -26,7 +21,7 @@ fn length_mib(image: &Path) -> u64 {
     fs::metadata(image).unwrap().len() / MIB
 }
 
-fn json(ground: &Ground, line: &[&str]) -> Value {
+fn report(ground: &Ground, line: &[&str]) -> Value {
     let output = ground.run(&[&["--json"], line].concat());
     assert!(output.status.success(), "{line:?}: {}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).unwrap()
@@ -57,7 +52,7 @@ fn what_a_file_system_frees_is_free_at_once_and_used_again() {
     // New data go into what was freed: the file grows by what is reserved ahead at most.
     fill("second", 2);
     assert!(length_mib(&image) <= full.1 + 70, "{full:?}, then {}", length_mib(&image));
-    let info = json(&ground, &["info", text(&point)]);
+    let info = report(&ground, &["info", text(&point)]);
     assert_eq!(info["allocated_clusters"], ground.status()["allocated_clusters"], "{info}");
     assert!(info["host_bytes"].as_u64().unwrap() >= 95 * MIB, "{info}");
     assert!(fs::read(point.join("second")).unwrap().iter().all(|&byte| byte == 2));
@@ -68,7 +63,8 @@ fn what_a_file_system_frees_is_free_at_once_and_used_again() {
     fs::remove_file(point.join("second")).unwrap();
     ground.ends_with(0, &["umount", text(&device)]);
     let descriptor = image.with_file_name("DiskDescriptor.xml");
-    let done = json(&ground, &["balloon", "discard", "--automount", "--min-block", "64K", text(&descriptor)]);
+    let done =
+        report(&ground, &["balloon", "discard", "--automount", "--min-block", "64K", text(&descriptor)]);
     assert!(done["trimmed_bytes"].as_u64().unwrap() >= 95 * MIB, "{done}");
     assert!(length_mib(&image) < 60 && host_mib(&image) < 60, "{done}");
     assert!(ground.runtime().states().unwrap().is_empty(), "nothing stays mounted");
@@ -88,30 +84,20 @@ fn a_running_disk_is_compacted() {
     direct.sync().unwrap();
     program("blkdiscard", &["-o", "0", "-l", "33554432", text(&device)]);
     direct.sync().unwrap();
-    let map_before = json(&ground, &["map", text(&device)]);
+    let map_before = report(&ground, &["map", text(&device)]);
 
     // One job at a time, and one that is told to stop stops.
-    let mut slow = ground
-        .command(&["compact", "--limit", "1M", text(&device)])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    ground.wait_until("it has begun", || {
-        let ran = ground.run(&["compact", "--limit", "1M", "--to-free", "1", text(&device)]);
-        ran.status.code() == Some(17)
-    });
+    let slow = ground.start_job("compact", &["compact", "--limit", "64K", text(&device)]);
+    let listed = report(&ground, &["list"]);
+    assert_eq!(listed["disks"][0]["jobs"], json!(["compact"]), "{listed}");
+    ground.ends_with(17, &["compact", "--to-free", "1", text(&device)]);
     direct.write(40 * MIB, 1 << 20, 2).unwrap();
-    signal(slow.id(), Signal::SIGINT);
-    assert_eq!(slow.wait().unwrap().code(), Some(29));
+    assert_eq!(slow.end_by(Signal::SIGINT).code(), Some(29));
+    assert_eq!(ground.status()["jobs"], json!([]));
 
-    let report = json(&ground, &["compact", text(&device)]);
-    assert_eq!(
-        (&report["complete"], &report["running"]),
-        (&Value::Bool(true), &Value::Bool(true)),
-        "{report}"
-    );
-    assert_eq!(report["file_bytes_after"].as_u64(), Some(33 * MIB), "{report}");
+    let done = report(&ground, &["compact", text(&device)]);
+    assert_eq!((&done["complete"], &done["running"]), (&Value::Bool(true), &Value::Bool(true)), "{done}");
+    assert_eq!(done["file_bytes_after"].as_u64(), Some(33 * MIB), "{done}");
     assert_eq!(length_mib(&image), 33);
     assert!(host_mib(&image) <= 33, "{}", host_mib(&image));
     let check = || {
@@ -121,7 +107,7 @@ fn a_running_disk_is_compacted() {
     };
     check();
     // The places have changed, nothing else; the moves survive the server.
-    let map_after = json(&ground, &["map", text(&device)]);
+    let map_after = report(&ground, &["map", text(&device)]);
     let covered = |map: &Value| -> Vec<u64> {
         let extents = map.as_array().unwrap();
         extents
@@ -140,7 +126,7 @@ fn a_running_disk_is_compacted() {
     }
     drop(direct);
     ground.ends_with(0, &["umount", text(&device)]);
-    assert_eq!(json(&ground, &["map", text(&image)]), map_after);
+    assert_eq!(report(&ground, &["map", text(&image)]), map_after);
 }
 
 #[test]
@@ -155,15 +141,8 @@ fn a_command_that_dies_ends_its_job() {
     direct.sync().unwrap();
     program("blkdiscard", &["-o", "0", "-l", "20971520", text(&device)]);
     direct.sync().unwrap();
-    let mut slow = ground
-        .command(&["compact", "--limit", "1M", text(&device)])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(Duration::from_secs(1));
-    signal(slow.id(), Signal::SIGKILL);
-    slow.wait().unwrap();
+    let slow = ground.start_job("compact", &["compact", "--limit", "64K", text(&device)]);
+    assert_eq!(slow.end_by(Signal::SIGKILL).signal(), Some(9));
     ground.wait_until("the next one is let in", || {
         ground.run(&["compact", "--to-free", "1", text(&device)]).status.code() == Some(0)
     });
@@ -185,15 +164,9 @@ fn unmounting_ends_a_job_and_closes_the_image() {
     program("blkdiscard", &["-o", "0", "-l", "20971520", text(&device)]);
     direct.sync().unwrap();
     drop(direct);
-    let mut slow = ground
-        .command(&["compact", "--limit", "1M", text(&device)])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(Duration::from_secs(1));
+    let slow = ground.start_job("compact", &["compact", "--limit", "64K", text(&device)]);
     ground.ends_with(0, &["umount", text(&device)]);
-    assert_eq!(slow.wait().unwrap().code(), Some(29));
-    let info = json(&ground, &["info", text(&image)]);
+    assert_eq!(slow.wait().code(), Some(29));
+    let info = report(&ground, &["info", text(&image)]);
     assert_eq!((&info["in_use"], &info["allocated_clusters"]), (&Value::Bool(false), &Value::from(20)));
 }

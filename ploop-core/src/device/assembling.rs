@@ -87,6 +87,22 @@ impl Assembly {
         Self::new(Job::Read, file, base, range, overlay)
     }
 
+    /// The piece being worked on.
+    pub(super) fn piece(&self) -> Extent {
+        self.piece
+    }
+
+    /// Lays further bytes over the piece, at a relative extent inside it; `false`: it could not be done.
+    pub(super) fn lay(&mut self, at: Extent, data: &[u8]) -> bool {
+        match self.bytes(at) {
+            Some(bytes) if bytes.len() == data.len() => {
+                bytes.copy_from_slice(data);
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// The bytes of the piece at a relative extent inside it.
     fn bytes(&mut self, at: Extent) -> Option<&mut [u8]> {
         let start = usize::try_from(at.start().checked_sub(self.piece.start())?).ok()?;
@@ -174,7 +190,7 @@ impl Queue {
         let mut data = part.data.take();
         let Work::Assembling(assembly) = std::mem::replace(&mut part.work, Work::Waiting(0)) else { return };
         let mut assembly = assembly;
-        let step = self.next_step(&mut assembly, &mut data);
+        let step = self.next_step(number, &mut assembly, &mut data);
         if let Step::End(_) = step {
             // The bounce buffer goes back before the part ends, for those who wait for it.
             assembly.bounce = None;
@@ -190,7 +206,7 @@ impl Queue {
     }
 
     /// Goes on until a transfer is needed.
-    fn next_step(&mut self, assembly: &mut Assembly, data: &mut Option<IoBuf>) -> Step {
+    fn next_step(&mut self, number: usize, assembly: &mut Assembly, data: &mut Option<IoBuf>) -> Step {
         loop {
             if assembly.bounce.is_none() {
                 // First come, first served: nobody overtakes those who wait.
@@ -213,6 +229,7 @@ impl Queue {
             }
             assembly.exchange(data.as_mut());
             if let Job::Write(background) = assembly.job {
+                self.fold_in(number, assembly);
                 let piece = assembly.piece;
                 let is_needless =
                     matches!(

@@ -466,7 +466,7 @@ mod tests {
         (folder, path, server)
     }
 
-    const SOON: Option<Duration> = Some(Duration::from_secs(5));
+    const SOON: Option<Duration> = Some(Duration::from_secs(300));
 
     #[test]
     fn questions_are_answered_and_errors_keep_their_kind() {
@@ -510,7 +510,7 @@ mod tests {
         let handlers = Handlers::new().with("wait", move |connection, _, _| {
             assert!(!connection.is_closed());
             seen.send(()).unwrap();
-            assert!(connection.wait_closed(Duration::from_secs(5)));
+            assert!(connection.wait_closed(Duration::from_secs(300)));
             seen.send(()).unwrap();
             Ok(Value::Null)
         });
@@ -519,9 +519,9 @@ mod tests {
         connection
             .send(&Request { version: VERSION, verb: "wait".into(), arguments: Value::Null }, &[])
             .unwrap();
-        saw.recv_timeout(Duration::from_secs(5)).unwrap();
+        saw.recv_timeout(Duration::from_secs(300)).unwrap();
         drop(connection);
-        saw.recv_timeout(Duration::from_secs(5)).unwrap();
+        saw.recv_timeout(Duration::from_secs(300)).unwrap();
     }
 
     #[test]
@@ -547,7 +547,7 @@ mod tests {
         let surplus = Connection::open(&path).unwrap();
         let told = surplus.receive(SOON).unwrap().unwrap().body;
         assert!(told.get("error").is_some());
-        server.stop(Duration::from_secs(5));
+        server.stop(Duration::from_secs(300));
         assert!(!path.exists());
         assert!(all.iter().all(|connection| connection.receive(SOON).unwrap().is_none()));
     }

@@ -13,12 +13,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::allocating::ClusterLocks;
-use super::flusher::{Flusher, Limits, Outcome, Ticket};
+use super::flusher::{Flusher, Limits};
 use super::gate::Gate;
 use super::pending::{NoPendingLog, PendingLog};
 use super::presence::Readers;
 use super::queue::Queue;
+use super::settling::Unsettled;
 use super::split::Layout;
+use super::ticket::{Outcome, Ticket};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Chain;
 use crate::io::{Alignment, IoQueue};
@@ -222,6 +224,12 @@ impl Disk {
         self.chain_epoch.fetch_add(1, Ordering::SeqCst);
         // Last: whoever sees the new size finds the chain that has it.
         self.disk_bytes.store(disk_bytes, Ordering::Release);
+    }
+
+    /// Whether no read is under way any more that began before the chain was replaced the last time: nobody is at a file that
+    /// is no part of it now.
+    pub fn former_reads_ended(&self) -> bool {
+        self.readers.are_past(self.chain_epoch())
     }
 
     pub(super) fn chain_epoch(&self) -> u64 {
@@ -528,9 +536,23 @@ impl Frozen {
     /// a sync fails (which poisons the disk), when `open` fails, or with `Parameter` when sizes differ. The old chain is
     /// the caller's to close; reads that began before may still use its files, nothing writes to them.
     pub fn replace_chain(&self, open: impl FnOnce(&Arc<Chain>) -> Result<Arc<Chain>>) -> Result<()> {
+        self.replace(true, open)
+    }
+
+    /// The same, where a power loss may still undo what makes `open`'s chain the disk's: until the answer is
+    /// [settled](Unsettled::settle), no flush is answered. The gate may be opened before that.
+    pub fn replace_chain_unsettled(
+        &self,
+        open: impl FnOnce(&Arc<Chain>) -> Result<Arc<Chain>>,
+    ) -> Result<Unsettled> {
+        self.replace(false, open)?;
+        Ok(Unsettled::new(self.disk.as_ref()))
+    }
+
+    fn replace(&self, is_settled: bool, open: impl FnOnce(&Arc<Chain>) -> Result<Arc<Chain>>) -> Result<()> {
         let Some(disk) = &self.disk else { return Ok(()) };
         let epoch = disk.chain_epoch() + 1;
-        let chain = disk.flusher.replace_chain(epoch, |old| {
+        let chain = disk.flusher.replace_chain(epoch, is_settled, |old| {
             let chain = open(old)?;
             let layout = check_layout(&chain, disk.options.read_only)?;
             if (layout.cluster_bytes(), layout.disk_bytes()) != (disk.cluster_bytes(), disk.size_bytes()) {

@@ -23,6 +23,9 @@
 //! and its record are one step, and so are the seal of the log and that of the table. `changing` is held for reading by
 //! the first, for writing by the second.
 //!
+//! While a chain that has taken over is not *settled*, no round begins, so no flush is answered: the descriptor that names
+//! the new top is not durable, and a power loss may bring the old chain back (S6). Plain writes go on meanwhile.
+//!
 //! Threads: one per disk, or none (`manual_flusher`): then each [`Flusher::step`] is called from outside. Both run the
 //! same steps. Locks, in this order: `rounds` belongs to whoever steps and is held across its system calls; `changing`;
 //! the locks of the format layer; `shared` is taken for moments, also inside `rounds`, with nothing taken inside it.
@@ -32,9 +35,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use super::inbox::{Inbox, Message};
 use super::pending::{PendingEntry, PendingLog, Seal};
 use super::presence::Readers;
+use super::ticket::{Poison, Ticket};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Chain, CommitPlan};
 use crate::io::{Allocation, StorageExt};
@@ -55,89 +58,6 @@ pub(super) struct Limits {
     pub(super) pending_max: usize,
     /// Age of the oldest of them.
     pub(super) age_max: Duration,
-}
-
-/// Who waits for a round.
-pub(super) enum Ticket {
-    /// A queue's request.
-    Queue { inbox: Arc<Inbox>, token: u64 },
-    /// A thread that sleeps.
-    Thread(Arc<Outcome>),
-}
-
-impl Ticket {
-    fn answer(self, result: &Result<()>) {
-        match self {
-            Self::Queue { inbox, token } => {
-                let result = result.as_ref().copied().map_err(Error::guest_errno);
-                // A queue that has gone has nobody left to tell.
-                let _ = inbox.put(Message::Durable { token, result });
-            }
-            Self::Thread(outcome) => outcome.set(result.clone()),
-        }
-    }
-}
-
-/// The result of a round for a thread that sleeps.
-#[derive(Default)]
-pub(super) struct Outcome {
-    result: Mutex<Option<Result<()>>>,
-    done: Condvar,
-}
-
-impl Outcome {
-    fn lock(&self) -> MutexGuard<'_, Option<Result<()>>> {
-        self.result.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set(&self, result: Result<()>) {
-        *self.lock() = Some(result);
-        self.done.notify_all();
-    }
-
-    /// The result, if it is there.
-    pub(super) fn get(&self) -> Option<Result<()>> {
-        self.lock().clone()
-    }
-
-    /// Sleeps until the result is there.
-    pub(super) fn wait(&self) -> Result<()> {
-        let mut result = self.lock();
-        loop {
-            if let Some(result) = result.take() {
-                return result;
-            }
-            result = self.done.wait(result).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-}
-
-/// What a disk is told after a failed sync or table write, for good.
-#[derive(Default)]
-pub(super) struct Poison {
-    is_set: AtomicBool,
-    cause: Mutex<Option<Error>>,
-}
-
-impl Poison {
-    /// Whether it happened.
-    pub(super) fn is_set(&self) -> bool {
-        self.is_set.load(Ordering::Acquire)
-    }
-
-    fn set(&self, error: &Error) {
-        self.cause.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| error.clone());
-        self.is_set.store(true, Ordering::Release);
-    }
-
-    /// `Ok`, or why not.
-    pub(super) fn check(&self) -> Result<()> {
-        if !self.is_set() {
-            return Ok(());
-        }
-        let cause = self.cause.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Err(cause.unwrap_or_else(|| Error::new(ErrorKind::Sync, "the disk is poisoned by a failed sync")))
-    }
 }
 
 /// What somebody did to the image while no round could begin.
@@ -175,6 +95,8 @@ pub(super) struct Flusher {
     is_urgent: AtomicBool,
     /// Set when bytes of the top may have changed since the last round began: no sync has covered them yet.
     is_unsynced: AtomicBool,
+    /// Set while no flush may be answered: a power loss may undo the last change of the chain.
+    is_unsettled: AtomicBool,
     readers: Arc<Readers>,
     rounds: Mutex<Rounds>,
     /// Makes one step of a change and its record, and of the two seals.
@@ -237,6 +159,7 @@ impl Flusher {
             is_urgent: AtomicBool::new(false),
             // A predecessor may have written.
             is_unsynced: AtomicBool::new(true),
+            is_unsettled: AtomicBool::new(false),
             readers,
             rounds: Mutex::new(rounds),
             changing: RwLock::new(()),
@@ -325,6 +248,10 @@ impl Flusher {
     }
 
     fn sleep(&self, shared: MutexGuard<'_, Shared>) {
+        if self.is_unsettled() {
+            // Whoever settles it says so.
+            return drop(self.work.wait(shared));
+        }
         if !shared.tickets.is_empty() || self.is_urgent.load(Ordering::Acquire) {
             return;
         }
@@ -370,6 +297,23 @@ impl Flusher {
         }
     }
 
+    /// Waits until nothing is under way that began with another chain than the one in use. Fails with `Busy` if that does
+    /// not end.
+    pub(super) fn former_reads_end(&self) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let epoch = self.rounds.lock().unwrap_or_else(PoisonError::into_inner).epoch;
+            if self.readers.are_past(epoch) {
+                return Ok(());
+            }
+            if begun.elapsed() > FORMER_READS_MAX {
+                return Err(Error::new(ErrorKind::Busy, "reads that began long ago have not ended")
+                    .advise("the host disk may be stuck or very slow; try again"));
+            }
+            std::thread::sleep(FORMER_READS_RETRY);
+        }
+    }
+
     /// Waits until everything freed so far, durably, has been punched and given back.
     pub(super) fn settle_freed(&self) -> Result<()> {
         self.at_rest(|_| Ok(()))
@@ -387,13 +331,22 @@ impl Flusher {
     /// close.
     ///
     /// Fails, with the old chain still served, when the disk is or gets poisoned, or when `open` fails.
+    ///
+    /// Without `is_settled` no round begins before [`settle`](Self::settle).
     pub(super) fn replace_chain(
         &self,
         epoch: u64,
+        is_settled: bool,
         open: impl FnOnce(&Arc<Chain>) -> Result<Arc<Chain>>,
     ) -> Result<Arc<Chain>> {
         // Held throughout: no round for anybody else begins in between.
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_unsettled() {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "replace the chain of a disk: the last change is not durable",
+            ));
+        }
         loop {
             self.poison.check()?;
             match rounds.stage {
@@ -403,11 +356,34 @@ impl Flusher {
             }
         }
         let chain = open(&rounds.chain)?;
+        // Nobody steps: the rounds are held.
+        self.is_unsettled.store(!is_settled, Ordering::SeqCst);
         rounds.freed.clear();
         rounds.epoch = if is_active(Mutant::FormerReadsForgotten) { 0 } else { epoch };
         self.log.top_replaced(&**chain.storage(chain.top()));
         rounds.chain = Arc::clone(&chain);
         Ok(chain)
+    }
+
+    fn is_unsettled(&self) -> bool {
+        !is_active(Mutant::FlushBeforeSettled) && self.is_unsettled.load(Ordering::SeqCst)
+    }
+
+    /// The chain that has taken over is durably the disk's, or that is not known: then the disk is poisoned, for nobody may
+    /// be told that what he wrote since is there for good.
+    pub(super) fn settle(&self, result: &Result<()>) {
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = result {
+            self.log.poisoned();
+            self.poison.set(error);
+            self.refuse(&mut rounds);
+        }
+        drop(rounds);
+        {
+            let _shared = self.lock_shared();
+            self.is_unsettled.store(false, Ordering::SeqCst);
+        }
+        self.work.notify_all();
     }
 
     /// Lets `change` rewrite header and table of the top, with nothing pending and no punch outstanding, while no round can
@@ -421,7 +397,7 @@ impl Flusher {
         if let Err(error) = self.poison.check() {
             return (Err(error), None);
         }
-        if !matches!(rounds.stage, Stage::Idle) || rounds.chain.pending() > 0 {
+        if !matches!(rounds.stage, Stage::Idle) || rounds.chain.pending() > 0 || self.is_unsettled() {
             let error =
                 Error::new(ErrorKind::Busy, "change the image of a disk: changes are not durable yet");
             return (Err(error), None);
@@ -458,6 +434,7 @@ impl Flusher {
             return self.refuse(&mut rounds);
         }
         match rounds.stage {
+            Stage::Idle if self.is_unsettled() => return false,
             Stage::Idle if self.is_due() => self.begin(&mut rounds),
             Stage::Idle => return self.punch(&mut rounds),
             _ => self.proceed(&mut rounds),

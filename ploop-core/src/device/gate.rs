@@ -213,7 +213,7 @@ mod tests {
             }
             for _ in 0..500 {
                 assert!(gate.close());
-                assert!(gate.wait_drained(Duration::from_secs(10)));
+                assert!(gate.wait_drained(Duration::from_secs(300)));
                 assert_eq!(inside.load(Ordering::SeqCst), 0);
                 gate.open();
             }

@@ -83,7 +83,7 @@ pub fn apply(
 }
 
 /// Does the first moves of `plan`, of about `bytes_max` bytes in all. The chain must be opened anew afterwards.
-pub(super) fn move_some(
+pub(crate) fn move_some(
     chain: &Chain,
     plan: &ResizePlan,
     bytes_max: u64,
@@ -217,17 +217,18 @@ fn empty_the_table(chain: &Chain, storage: &dyn Storage, plan: &ResizePlan) -> R
             .map_err(failed(ErrorKind::Write, "zero the room of the longer table", chain))
             .map_err(|error| error.at_offset(offset.0))?;
     }
-    let Some(preallocation) = plan.preallocation else { return Ok(()) };
     let step = u32::try_from(PIECE_BYTES / 4).unwrap_or(u32::MAX);
-    let mut from = 0;
-    while from < preallocation.count {
-        let to = from.saturating_add(step).min(preallocation.count);
-        let (offset, bytes) = preallocation.entries(&plan.geometry, from, to)?;
-        storage
-            .write_all_at(offset.0, &bytes)
-            .map_err(failed(ErrorKind::Write, "write the longer table", chain))
-            .map_err(|error| error.at_offset(offset.0))?;
-        from = to;
+    for preallocation in &plan.preallocations {
+        let mut from = 0;
+        while from < preallocation.count {
+            let to = from.saturating_add(step).min(preallocation.count);
+            let (offset, bytes) = preallocation.entries(&plan.geometry, from, to)?;
+            storage
+                .write_all_at(offset.0, &bytes)
+                .map_err(failed(ErrorKind::Write, "write the longer table", chain))
+                .map_err(|error| error.at_offset(offset.0))?;
+            from = to;
+        }
     }
     Ok(())
 }

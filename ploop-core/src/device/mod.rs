@@ -35,6 +35,7 @@ pub mod client;
 pub mod control;
 pub mod disk;
 mod flusher;
+mod folding;
 pub mod fuse;
 mod gate;
 pub mod growing;
@@ -46,8 +47,10 @@ mod presence;
 pub mod queue;
 mod resizing;
 pub mod runtime;
+mod settling;
 mod slab;
 pub mod split;
+mod ticket;
 mod transferring;
 
 pub use changes::{Change, Changes};
@@ -55,6 +58,7 @@ pub use client::Client;
 pub use disk::{Disk, DiskOptions, EntriesKept, Freezing, Frozen, Statistics};
 pub use queue::Queue;
 pub use resizing::{GrowOptions, Grown};
+pub use settling::Unsettled;
 
 use crate::extent::Extent;
 pub use crate::format::Destination;

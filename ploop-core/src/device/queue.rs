@@ -24,12 +24,12 @@ use std::sync::Arc;
 
 use super::allocating::{Grant, Want};
 use super::disk::{Disk, QueueCount, count, strictest_alignment};
-use super::flusher::Ticket;
 use super::gate::Entry;
 use super::inbox::{Inbox, Message};
 use super::placing::Turn;
 use super::presence::Presence;
 use super::slab::Slab;
+use super::ticket::Ticket;
 use super::transferring::{Locked, Part, Work, rejoin_two};
 use super::{Completion, Op, Request};
 use crate::error::{Error, ErrorKind, Result};

@@ -206,20 +206,39 @@ impl Disk {
             )
             .advise("wait for the end of the copy, or end it; this command has changed nothing")
         })?;
+        match self.grow_rounds(wanted.disk_sectors(), options, &mut grown) {
+            Ok(()) => {
+                resizing.set_disk_bytes(self.size_bytes());
+                Ok(grown)
+            }
+            Err(error) => {
+                // What was kept free for the longer table may be used.
+                self.chain().lift_floor();
+                Err(error)
+            }
+        }
+    }
+
+    fn grow_rounds(self: &Arc<Self>, disk: Sectors, options: &GrowOptions, grown: &mut Grown) -> Result<()> {
         loop {
             // With the gate open: the flush behind it is then short.
             self.flush()?;
             let start = Instant::now();
-            let round = self.grow_round(&wanted.disk_sectors(), options);
+            let round = self.grow_round(&disk, options);
             grown.freezes += 1;
             grown.held_ms += u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
             let round = round?;
             grown.moved_clusters += round.moved;
             if round.finished {
-                resizing.set_disk_bytes(self.size_bytes());
-                return Ok(grown);
+                return Ok(());
             }
         }
+    }
+
+    /// Waits until nothing is under way that began with another chain than the one in use: then places that only the
+    /// former one knew are free.
+    pub(crate) fn former_reads_end(&self) -> Result<()> {
+        self.flusher.former_reads_end()
     }
 
     /// One freeze: all that is left, or the next part of the moves.

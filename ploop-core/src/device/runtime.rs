@@ -172,7 +172,7 @@ pub struct State {
     pub images: Vec<ImageFile>,
     /// Size of the disk in bytes, once it is open.
     pub size_bytes: Option<u64>,
-    /// The loop device, once it is attached.
+    /// The loop device, once it is attached and as long as it is.
     pub loop_device: Option<PathBuf>,
     /// The partition it shows; `None` for the whole disk.
     pub partition: Option<PartitionRange>,
@@ -516,12 +516,17 @@ impl Entry {
         };
         let text =
             read().map_err(|cause| Error::io(ErrorKind::Open, "read the record", cause).at_path(&path))?;
-        let state: State = serde_json::from_slice(&text)
+        let mut state: State = serde_json::from_slice(&text)
             .map_err(|cause| Error::io(ErrorKind::System, "read the record", cause.into()).at_path(&path))?;
         if state.version != VERSION {
             let message = format!("the record has version {}, this program knows {VERSION}", state.version);
             return Err(Error::new(ErrorKind::System, message).at_path(&path));
         }
+        // Once detached, it may show another disk, whose file system is none of ours.
+        let is_ours = |device: &PathBuf| {
+            super::loop_device::backing_file(device).is_some_and(|file| file == self.disk_file())
+        };
+        state.loop_device = state.loop_device.filter(is_ours);
         Ok(state)
     }
 

@@ -31,6 +31,8 @@ pub(super) struct Part {
     pub(super) locked: Option<Locked>,
     /// A fresh cluster being filled.
     pub(super) prepared: Option<PreparedWrite>,
+    /// Parts that end with it; see [`folding`](super::folding).
+    pub(super) folded: Vec<usize>,
     /// The chain it began with.
     pub(super) chain_epoch: u64,
     pub(super) work: Work,
@@ -59,6 +61,8 @@ pub(super) enum Work {
     },
     /// Having the file zero a range.
     Zeroing { file: FileSlot, offset: u64, len: u64 },
+    /// Its bytes go out with those of another part, which ends it.
+    Folded,
     /// Going through a bounce buffer.
     Assembling(Box<Assembly>),
 }
@@ -78,6 +82,7 @@ impl Queue {
             data,
             locked: None,
             prepared: None,
+            folded: Vec::new(),
             chain_epoch,
             work,
         })
@@ -145,6 +150,7 @@ impl Queue {
             self.add_piece(part.request, part.extent.start(), data);
         }
         self.end_of_part(part.request, result);
+        self.end_folded(part.folded, result.is_ok());
     }
 
     /// Hands an operation to the queue below, or keeps it until there is room.
@@ -202,7 +208,7 @@ impl Queue {
             Work::Direct { .. } => self.direct_done(number, done),
             Work::Zeroing { .. } => self.zeroing_done(number, done.result),
             Work::Assembling(_) => self.assembly_done(number, done),
-            Work::Waiting(_) => debug_assert!(false, "a transfer of a part that waits"),
+            Work::Waiting(_) | Work::Folded => debug_assert!(false, "a transfer of a part that waits"),
         }
     }
 

@@ -53,6 +53,38 @@ impl ClusterSet {
         new
     }
 
+    /// Adds `count` clusters from `first` on; `false`, and none is added, if one of them was there.
+    pub(crate) fn insert_run(&mut self, first: u32, count: u32) -> bool {
+        let Some(last) = count.checked_sub(1).map(|more| first.checked_add(more)) else { return true };
+        let Some(last) = last else { return false };
+        let (from, to) = (place(first).0, place(last).0);
+        let (head, tail) = (u64::MAX << (first % 64), u64::MAX >> (63 - last % 64));
+        if to >= self.words.len() {
+            self.words.resize((to + 1).next_multiple_of(64), 0);
+        }
+        let words = &mut self.words[from..=to];
+        let free = match words {
+            [only] => *only & head & tail == 0,
+            [start, middle @ .., end] => {
+                *start & head == 0 && *end & tail == 0 && middle.iter().all(|&word| word == 0)
+            }
+            [] => true,
+        };
+        if free {
+            match words {
+                [only] => *only |= head & tail,
+                [start, middle @ .., end] => {
+                    *start |= head;
+                    *end |= tail;
+                    middle.fill(u64::MAX);
+                }
+                [] => {}
+            }
+            self.count += u64::from(count);
+        }
+        free
+    }
+
     /// Takes a cluster out; `false` if it was not there.
     pub(crate) fn remove(&mut self, cluster: u32) -> bool {
         let (word, bit) = place(cluster);
@@ -493,6 +525,31 @@ mod tests {
 
     fn take(allocator: &ClusterAllocator, file: &SimStorage, guest: u32) -> Taken {
         allocator.take(file, GuestCluster(guest), || false).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_run_is_added_whole_or_not_at_all() {
+        let mut state = 7u64;
+        for _ in 0..2000 {
+            let mut random = |below: u32| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                u32::try_from(state >> 33).unwrap() % below
+            };
+            let (mut runs, mut singles) = (ClusterSet::default(), ClusterSet::default());
+            for _ in 0..random(6) {
+                let member = random(300);
+                assert_eq!(runs.insert(member), singles.insert(member));
+            }
+            let (first, count) = (random(200), random(200));
+            let is_free = (first..first + count).all(|cluster| !singles.contains(cluster));
+            assert_eq!(runs.insert_run(first, count), is_free, "{first} {count}");
+            if is_free {
+                (first..first + count).for_each(|cluster| assert!(singles.insert(cluster)));
+            }
+            assert!((0..500).all(|cluster| runs.contains(cluster) == singles.contains(cluster)));
+            assert_eq!((runs.count(), runs.highest()), (singles.count(), singles.highest()));
+        }
+        assert!(!ClusterSet::default().insert_run(u32::MAX, 2));
     }
 
     #[test]

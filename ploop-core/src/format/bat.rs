@@ -15,10 +15,10 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{IoBuf, Storage, StorageExt, buffer::is_zero};
+use crate::io::{IoBuf, Storage, StorageExt, buffer::is_zero, map::Words};
 use crate::mutant::{self, Mutant};
 use crate::units::{FileCluster, FileOffset, GuestCluster, SECTOR_BYTES};
 
@@ -30,15 +30,48 @@ use super::header::{HEADER_BYTES, Header};
 /// Words in a page of the table (16 KiB).
 const PAGE_WORDS: usize = 4096;
 const PAGE_BYTES: usize = PAGE_WORDS * 4;
-/// The table is read and written in pieces of at most this size.
+/// The table is read in pieces of at most this size: a huge page.
+const READ_BYTES: usize = 2 << 20;
+/// And written in pieces of at most this.
 const PIECE_BYTES: usize = 1 << 20;
 /// Words before the first entry: the header.
 const HEADER_WORDS: u64 = HEADER_BYTES / ENTRY_BYTES;
 /// The header as a length in memory.
 const HEADER_LEN: usize = 64;
 
-/// Always [`PAGE_WORDS`] long.
-type Page = Box<[AtomicU32]>;
+/// [`PAGE_WORDS`] words of the table.
+enum Page {
+    /// Alone among zeros.
+    Own(Box<[AtomicU32]>),
+    /// One of those that were read at once, from this word on.
+    Part(Arc<Words>, usize),
+}
+
+impl Page {
+    fn words(&self) -> &[AtomicU32] {
+        match self {
+            Self::Own(words) => words,
+            Self::Part(words, first) => &words[*first..*first + PAGE_WORDS],
+        }
+    }
+}
+
+/// What a piece of the table is read into.
+enum Piece {
+    /// May become [pages](Page::Part) as it is.
+    Whole(Words),
+    /// Of a table too short for a map of its own.
+    Short(IoBuf),
+}
+
+impl Piece {
+    fn bytes(&mut self) -> &mut [u8] {
+        match self {
+            Self::Whole(words) => words.as_mut_bytes(),
+            Self::Short(buffer) => buffer.as_mut_slice(),
+        }
+    }
+}
 
 /// The words of the file from byte 0 to the end of the table and of the padding that is written with it. The header's
 /// own words are zero here.
@@ -49,7 +82,17 @@ pub(crate) struct Table {
 fn page_of(words: impl Iterator<Item = u32>) -> Page {
     let mut page: Vec<AtomicU32> = words.take(PAGE_WORDS).map(AtomicU32::new).collect();
     page.resize_with(PAGE_WORDS, || AtomicU32::new(0));
-    page.into_boxed_slice()
+    Page::Own(page.into_boxed_slice())
+}
+
+/// What was read from a file, as numbers.
+fn in_host_order(words: Words) -> Words {
+    if cfg!(target_endian = "big") {
+        for word in words.iter() {
+            word.store(u32::from_le(word.load(Ordering::Relaxed)), Ordering::Relaxed);
+        }
+    }
+    words
 }
 
 /// Page and place in it of a word. A page that no machine could hold is a number that no table has.
@@ -77,10 +120,15 @@ impl Table {
             move |source: io::Error| Error::io(ErrorKind::Read, "read table", source).at_offset(offset)
         };
         let table = Self::empty(bytes)?;
-        let piece_bytes =
-            PIECE_BYTES.min(usize::try_from(bytes).unwrap_or(PIECE_BYTES).next_multiple_of(PAGE_BYTES));
-        let mut piece = IoBuf::try_zeroed(piece_bytes)
-            .map_err(|source| Error::io(ErrorKind::Memory, "read table", source))?;
+        let no_memory = |source| Error::io(ErrorKind::Memory, "read table", source);
+        let piece_bytes = READ_BYTES
+            .min(usize::try_from(bytes).unwrap_or(READ_BYTES).next_multiple_of(PAGE_BYTES))
+            .max(PAGE_BYTES);
+        // A short table is not worth a map of its own.
+        let mut piece = match piece_bytes == READ_BYTES {
+            true => Piece::Whole(Words::try_zeroed(piece_bytes).map_err(no_memory)?),
+            false => Piece::Short(IoBuf::try_zeroed(piece_bytes).map_err(no_memory)?),
+        };
         let mut at = 0;
         while at < bytes {
             let Some((data_start, data_end)) = storage.next_data(at).map_err(failed(at))? else { break };
@@ -89,17 +137,34 @@ impl Table {
             let end = data_end.div_ceil(PAGE_BYTES as u64).saturating_mul(PAGE_BYTES as u64).min(bytes);
             while at < end {
                 let len = usize::try_from(end - at).unwrap_or(piece_bytes).min(piece_bytes);
-                let piece = &mut piece.as_mut_slice()[..len];
-                storage.read_padded_at(at, piece).map_err(failed(at))?;
+                let read = piece.bytes();
+                storage.read_padded_at(at, &mut read[..len]).map_err(failed(at))?;
+                let read = &mut read[..len.next_multiple_of(PAGE_BYTES).min(piece_bytes)];
+                read[len..].fill(0);
                 if at == 0 {
-                    piece[..len.min(HEADER_LEN)].fill(0);
+                    read[..len.min(HEADER_LEN)].fill(0);
                 }
-                for (index, bytes) in piece.chunks(PAGE_BYTES).enumerate() {
-                    if !is_zero(bytes) {
-                        let words = bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word));
-                        let (page, _) = split(at / ENTRY_BYTES);
-                        // Each page is read once: it cannot be set already.
-                        let _ = table.pages[page + index].set(page_of(words));
+                let (first_page, _) = split(at / ENTRY_BYTES);
+                let slots = table.pages.get(first_page..).unwrap_or_default();
+                let is_full = read.len() == READ_BYTES && read.chunks(PAGE_BYTES).all(|page| !is_zero(page));
+                // Each page is read once: it cannot be set already.
+                match &mut piece {
+                    Piece::Whole(words) if is_full => {
+                        let next = Words::try_zeroed(piece_bytes).map_err(no_memory)?;
+                        let words = Arc::new(in_host_order(std::mem::replace(words, next)));
+                        for (slot, first) in slots.iter().zip((0..words.len()).step_by(PAGE_WORDS)) {
+                            let _ = slot.set(Page::Part(Arc::clone(&words), first));
+                        }
+                    }
+                    piece => {
+                        let len = len.next_multiple_of(PAGE_BYTES).min(piece_bytes);
+                        for (slot, bytes) in slots.iter().zip(piece.bytes()[..len].chunks(PAGE_BYTES)) {
+                            if !is_zero(bytes) {
+                                let words =
+                                    bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word));
+                                let _ = slot.set(page_of(words));
+                            }
+                        }
                     }
                 }
                 at += len as u64;
@@ -112,7 +177,7 @@ impl Table {
     pub(crate) fn entry(&self, cluster: GuestCluster) -> u32 {
         let (page, place) = split(HEADER_WORDS + u64::from(cluster.0));
         match self.pages.get(page).and_then(OnceLock::get) {
-            Some(page) => page[place].load(Ordering::Acquire),
+            Some(page) => page.words()[place].load(Ordering::Acquire),
             None => 0,
         }
     }
@@ -121,7 +186,9 @@ impl Table {
     fn replace(&self, cluster: GuestCluster, raw: u32) -> u32 {
         let (page, place) = split(HEADER_WORDS + u64::from(cluster.0));
         match self.pages.get(page) {
-            Some(slot) => slot.get_or_init(|| page_of(std::iter::empty()))[place].swap(raw, Ordering::AcqRel),
+            Some(slot) => {
+                slot.get_or_init(|| page_of(std::iter::empty())).words()[place].swap(raw, Ordering::AcqRel)
+            }
             None => 0,
         }
     }
@@ -132,13 +199,29 @@ impl Table {
         for (index, page) in self.pages.iter().enumerate() {
             let Some(page) = page.get() else { continue };
             let first_word = (index * PAGE_WORDS) as u64;
-            for (word, value) in (first_word..end_word).zip(page.iter()) {
+            for (word, value) in (first_word..end_word).zip(page.words()) {
                 let raw = value.load(Ordering::Acquire);
                 if raw != 0
                     && let Some(Ok(cluster)) = word.checked_sub(HEADER_WORDS).map(u32::try_from)
                 {
                     visit(GuestCluster(cluster), raw);
                 }
+            }
+        }
+    }
+
+    /// Calls `visit` with the entries of each page that takes memory, in order, and the cluster of the first of them.
+    pub(crate) fn for_each_page(&self, entries: u32, mut visit: impl FnMut(u32, &[AtomicU32])) {
+        let end_word = HEADER_WORDS + u64::from(entries);
+        for (index, page) in self.pages.iter().enumerate() {
+            let Some(page) = page.get() else { continue };
+            let first_word = (index * PAGE_WORDS) as u64;
+            let skip = usize::try_from(HEADER_WORDS.saturating_sub(first_word)).unwrap_or(PAGE_WORDS);
+            let end =
+                usize::try_from(end_word.saturating_sub(first_word)).unwrap_or(PAGE_WORDS).min(PAGE_WORDS);
+            let first = u32::try_from((first_word + skip as u64).saturating_sub(HEADER_WORDS));
+            if let (Ok(first), Some(words)) = (first, page.words().get(skip..end)) {
+                visit(first, words);
             }
         }
     }
@@ -153,7 +236,7 @@ impl Table {
         (start / ENTRY_BYTES..end / ENTRY_BYTES)
             .flat_map(|word| {
                 let (page, place) = split(word);
-                let value = self.pages.get(page).and_then(OnceLock::get).map(|page| &page[place]);
+                let value = self.pages.get(page).and_then(OnceLock::get).map(|page| &page.words()[place]);
                 value.map_or(0, |value| value.load(Ordering::Acquire)).to_le_bytes()
             })
             .collect()
@@ -270,7 +353,9 @@ impl Bat {
     /// The highest cluster that an entry names now.
     pub(crate) fn highest(&self) -> Option<FileCluster> {
         let mut highest = 0;
-        self.table.for_each_entry(self.geometry.entries(), |_, raw| highest = raw.max(highest));
+        self.table.for_each_page(self.geometry.entries(), |_, words| {
+            highest = words.iter().fold(highest, |highest, word| highest.max(word.load(Ordering::Acquire)));
+        });
         self.geometry.entry_to_cluster(highest).ok().flatten()
     }
 
@@ -338,7 +423,7 @@ impl Bat {
     }
 
     /// Takes an entry out in memory, when an image is opened; with `dirty`, to be written by
-    /// [`write_dirty`](Self::write_dirty).
+    /// [`rewrite`](Self::rewrite).
     pub(crate) fn drop_entry(&self, cluster: GuestCluster, dirty: bool) {
         let mut inner = self.lock();
         if self.table.replace(cluster, 0) != 0 {
@@ -414,17 +499,30 @@ impl Bat {
         bytes
     }
 
-    /// Writes all dirty sectors and syncs: for repairs, before the image is in use.
-    pub(crate) fn write_dirty(&self, storage: &dyn Storage) -> Result<()> {
+    /// Writes all of the table that the file does not have as a hole, as it is here, and syncs: for an image that was not
+    /// closed, before it is in use. After a failed sync the page cache may show entries, and cleared ones, that the
+    /// disk does not have, and no later sync would write them.
+    pub(crate) fn rewrite(&self, storage: &dyn Storage) -> Result<()> {
+        let operation = "write the table anew";
         let mut inner = self.lock();
-        for (offset, bytes) in self.copy(&inner.header, &inner.dirty) {
+        let mut at = 0;
+        while at < self.area_end {
+            let found = storage
+                .next_data(at)
+                .map_err(|source| Error::io(ErrorKind::Read, operation, source).at_offset(at))?;
+            let Some((data_start, data_end)) = found else { break };
+            at = at.max(data_start - data_start % self.write_unit);
+            let end = data_end.checked_next_multiple_of(self.write_unit).unwrap_or(u64::MAX);
+            let end = end.min(self.area_end).min(at.saturating_add(PIECE_BYTES as u64));
+            if at >= end {
+                break;
+            }
             storage
-                .write_all_at(offset.0, &bytes)
-                .map_err(|source| self.poison(&mut inner, ErrorKind::Write, "repair the table", source))?;
+                .write_all_at(at, &self.area_bytes(&inner.header, at, end))
+                .map_err(|source| self.poison(&mut inner, ErrorKind::Write, operation, source))?;
+            at = end;
         }
-        storage
-            .sync_data()
-            .map_err(|source| self.poison(&mut inner, ErrorKind::Sync, "sync the repaired table", source))?;
+        storage.sync_data().map_err(|source| self.poison(&mut inner, ErrorKind::Sync, operation, source))?;
         inner.dirty.clear();
         Ok(())
     }
@@ -791,6 +889,38 @@ mod tests {
             let table_bytes = 64 + 4 * clusters;
             assert!(read <= if knows_holes { 1 << 16 } else { table_bytes + 4096 }, "read {read} bytes");
         }
+    }
+
+    #[test]
+    fn full_and_holed_tables_are_what_the_file_says() {
+        // Longer than two pieces, the last of them not whole.
+        let entries = 1_100_000u32;
+        let geometry = Geometry::new(Version::V2, Sectors(64), Sectors(64 * u64::from(entries))).unwrap();
+        let value = |index: u32| if (600_000..610_000).contains(&index) { 0 } else { index + 100 };
+        let mut bytes = Header::create(&geometry).unwrap().encode().to_vec();
+        bytes.extend((0..entries).flat_map(|index| value(index).to_le_bytes()));
+        let file = file_of(&bytes);
+        file.set_len(geometry.data_start().0 + 32_768).unwrap();
+        let bat = Bat::read(&file, header_of(&file)).unwrap();
+        for index in (0..entries).step_by(997).chain([524_271, 524_272, 1_048_559, 1_048_560, entries - 1]) {
+            assert_eq!(bat.table().entry(GuestCluster(index)), value(index), "{index}");
+        }
+        assert_eq!(bat.table().entry(GuestCluster(entries)), 0);
+        let mut next = 0;
+        bat.table().for_each_page(entries, |first, words| {
+            for (index, word) in (first..).zip(words) {
+                assert_eq!(word.load(Ordering::Relaxed), value(index));
+            }
+            assert!(first >= next && words.len() <= PAGE_WORDS);
+            next = first + u32::try_from(words.len()).unwrap();
+        });
+        assert_eq!(next, entries);
+        assert_eq!(bat.table.bytes(64, 64 + 4 * u64::from(entries))[..], bytes[64..]);
+        bat.mark_open(&file).unwrap();
+        publish(&bat, 600_005, 77);
+        publish(&bat, 0, 78);
+        let found = (bat.table().entry(GuestCluster(600_005)), bat.table().entry(GuestCluster(0)));
+        assert_eq!(found, (77, 78));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Storage, StorageExt};
+use crate::mutant::{self, Mutant};
 use crate::units::{FileCluster, FileOffset, GuestCluster, SECTOR_BYTES, Sectors};
 
 use super::alloc::{ClusterAllocator, reserve, trimmed_bytes};
@@ -88,6 +89,9 @@ pub fn create_image(storage: &dyn Storage, options: &CreateOptions) -> Result<()
             break;
         }
         first = end;
+    }
+    if mutant::is_active(Mutant::NewImageUnsynced) {
+        return Ok(());
     }
     storage.sync_data().map_err(failed(ErrorKind::Sync, "create image: sync"))
 }
@@ -403,9 +407,8 @@ fn repair(
         resize(end, "extend the image to hold its last cluster")?;
         summary.bytes_extended = end - file_bytes;
     }
-    if summary.entries_cleared > 0 {
-        bat.write_dirty(storage)?;
-    }
+    // Not only what was cleared just now: its last writer may have seen a sync fail.
+    bat.rewrite(storage)?;
     if file_bytes > end {
         resize(end, "cut the unused tail off the image")?;
         summary.tail_bytes_cut = file_bytes - end;

@@ -468,8 +468,10 @@ mod document;
 mod layout;
 #[cfg(test)]
 mod tests;
+mod tree;
 mod verbs;
 #[cfg(test)]
 mod verbs_tests;
 
-pub use verbs::MergeInto;
+pub use tree::TreeState;
+pub use verbs::{MergeInto, image_name};

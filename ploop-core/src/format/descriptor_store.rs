@@ -21,7 +21,7 @@ impl DiskDescriptor {
     /// Reads the descriptor of the bundle in `folder`. `path` is that folder's, for absolute names written by old
     /// tools, and for messages; without it the folder itself says where it is.
     pub fn load(folder: &dyn Folder, path: Option<&std::path::Path>) -> Result<Self> {
-        read_document(folder)
+        read_document(folder, DESCRIPTOR_NAME)
             .and_then(|bytes| Self::parse_in(&bytes, folder.real_path().as_deref().or(path)))
             .map_err(|error| error.at_path(path.unwrap_or(std::path::Path::new("")).join(DESCRIPTOR_NAME)))
     }
@@ -52,6 +52,29 @@ impl DiskDescriptor {
     }
 
     fn stage_as<'a>(&self, folder: &'a dyn Folder, replace: Replace) -> Result<StagedDescriptor<'a>> {
+        let name = temporary_name();
+        self.write_as(folder, &name, replace)?;
+        Ok(StagedDescriptor { folder, name: Some(name), replace })
+    }
+
+    /// Makes this descriptor durable in the new file `name`, for whoever renames it to [`DESCRIPTOR_NAME`] in the end. After an
+    /// error the file is not there, unless the error is one of the folder's sync.
+    pub fn write_aside(&self, folder: &dyn Folder, name: &str) -> Result<()> {
+        self.write_as(folder, name, Replace::Never)?;
+        folder.sync().map_err(|error| {
+            Error::io(ErrorKind::Sync, "write descriptor: sync the folder", error).at_path(name)
+        })
+    }
+
+    /// The descriptor that [`write_aside`](Self::write_aside) wrote to `name`. [`ErrorKind::Read`] when it cannot be read; any other error when it
+    /// is none.
+    pub fn load_aside(folder: &dyn Folder, name: &str) -> Result<Self> {
+        read_document(folder, name)
+            .and_then(|bytes| Self::parse_in(&bytes, None))
+            .map_err(|error| error.at_path(name))
+    }
+
+    fn write_as(&self, folder: &dyn Folder, name: &str, replace: Replace) -> Result<()> {
         let mut converted = self.clone();
         converted.convert_top()?;
         let bytes = converted.to_bytes();
@@ -61,11 +84,8 @@ impl DiskDescriptor {
                 format!("write descriptor: {} bytes are more than anybody reads", bytes.len()),
             ));
         }
-        let name = temporary_name();
-        if let Err(error) = write_temporary(folder, &name, &bytes, replace) {
-            return Err(remove_temporary(folder, &name, error).at_path(DESCRIPTOR_NAME));
-        }
-        Ok(StagedDescriptor { folder, name: Some(name), replace })
+        write_temporary(folder, name, &bytes, replace)
+            .map_err(|error| remove_temporary(folder, name, error).at_path(DESCRIPTOR_NAME))
     }
 }
 
@@ -77,10 +97,17 @@ pub struct StagedDescriptor<'a> {
     replace: Replace,
 }
 
-impl StagedDescriptor<'_> {
+impl<'a> StagedDescriptor<'a> {
     /// Puts it in place of the present one, durably; errors are those of [`DiskDescriptor::store`].
-    pub fn commit(mut self) -> Result<()> {
-        let Some(name) = self.name.take() else { return Ok(()) };
+    pub fn commit(self) -> Result<()> {
+        self.rename()?.settle()
+    }
+
+    /// Puts it in place of the present one. Until it is [settled](RenamedDescriptor::settle), either may be there after a
+    /// power loss; everybody who reads it finds the new one.
+    pub fn rename(mut self) -> Result<RenamedDescriptor<'a>> {
+        let folder = self.folder;
+        let Some(name) = self.name.take() else { return Ok(RenamedDescriptor { folder }) };
         let renamed = match self.replace {
             Replace::Always => self.folder.rename(&name, DESCRIPTOR_NAME),
             Replace::Never => self.folder.rename_exclusive(&name, DESCRIPTOR_NAME),
@@ -94,6 +121,19 @@ impl StagedDescriptor<'_> {
         if let Err(error) = renamed {
             return Err(remove_temporary(self.folder, &name, error).at_path(DESCRIPTOR_NAME));
         }
+        Ok(RenamedDescriptor { folder })
+    }
+}
+
+/// A descriptor that is in place, though not durably yet; see [`StagedDescriptor::rename`].
+#[must_use]
+pub struct RenamedDescriptor<'a> {
+    folder: &'a dyn Folder,
+}
+
+impl RenamedDescriptor<'_> {
+    /// Makes it durable; fails with [`ErrorKind::OutcomeUnknown`].
+    pub fn settle(self) -> Result<()> {
         if mutant::is_active(Mutant::RenameWithoutFolderSync) {
             return Ok(());
         }
@@ -132,7 +172,7 @@ fn temporary_name() -> String {
     format!("{TEMPORARY_PREFIX}{}", random.trim_matches(['{', '}']))
 }
 
-fn read_document(folder: &dyn Folder) -> Result<Vec<u8>> {
+fn read_document(folder: &dyn Folder, name: &str) -> Result<Vec<u8>> {
     let failed = |error: io::Error| {
         let kind =
             if error.kind() == io::ErrorKind::NotFound { ErrorKind::Descriptor } else { ErrorKind::Read };
@@ -144,7 +184,7 @@ fn read_document(folder: &dyn Folder) -> Result<Vec<u8>> {
             _ => error,
         }
     };
-    let storage = folder.open(DESCRIPTOR_NAME, Access::ReadOnly).map_err(failed)?;
+    let storage = folder.open(name, Access::ReadOnly).map_err(failed)?;
     let len = storage.len().map_err(failed)?;
     let len = usize::try_from(len).ok().filter(|&len| len <= DOCUMENT_BYTES_MAX).ok_or_else(|| {
         Error::new(ErrorKind::Descriptor, format!("read descriptor: {len} bytes are too many"))

@@ -67,6 +67,10 @@ pub struct Geometry {
     raw: bool,
 }
 
+/// Where a header says how many entries its table has, and how many sectors the disk.
+const ENTRIES_OFFSET: u64 = 32;
+const DISK_OFFSET: u64 = 36;
+
 fn parameter(message: String) -> Error {
     Error::new(ErrorKind::Parameter, message)
 }
@@ -224,6 +228,16 @@ impl Geometry {
             return Err(corrupt(format!(
                 "read header: table of {entries} entries, more than {ENTRIES_READ_MAX}"
             )));
+        }
+        for (value, what, offset) in [
+            (u64::from(entries), "table of 0 entries", ENTRIES_OFFSET),
+            (disk_sectors, "disk of 0 sectors", DISK_OFFSET),
+        ] {
+            if value == 0 {
+                return Err(corrupt(format!("read header: {what}, where at least 1 is expected"))
+                    .at_offset(offset)
+                    .advise("an image of nothing holds nothing; if this one held something, restore its header from a backup"));
+            }
         }
         let cluster_bytes = u64::from(cluster_sectors) * SECTOR_BYTES;
         let disk_bytes = disk_sectors

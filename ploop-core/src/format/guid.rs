@@ -21,6 +21,16 @@ impl Guid {
     pub fn random() -> Self {
         Self(Uuid::new_v4())
     }
+
+    /// The name with those 16 bytes, in the order of its digits.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(Uuid::from_bytes(bytes))
+    }
+
+    /// Its 16 bytes, in the order of its digits.
+    pub fn bytes(self) -> [u8; 16] {
+        *self.0.as_bytes()
+    }
 }
 
 impl FromStr for Guid {

@@ -156,6 +156,16 @@ impl Lookup {
         Self { holders: Arc::clone(&self.holders), slots, index_of, covered }
     }
 
+    /// The same knowledge for a chain in which a covered delta's file was opened anew.
+    pub(crate) fn again(&self) -> Self {
+        Self {
+            holders: Arc::clone(&self.holders),
+            slots: self.slots.clone(),
+            index_of: self.index_of.clone(),
+            covered: AtomicUsize::new(self.covered()),
+        }
+    }
+
     /// Deltas from the base on that need not be walked through.
     pub(crate) fn covered(&self) -> usize {
         self.covered.load(Ordering::Acquire)

@@ -33,6 +33,7 @@ mod model;
 pub mod moving;
 pub mod relocate;
 mod restack;
+mod sizes;
 pub mod stored_bitmap;
 pub(crate) mod survey;
 #[cfg(test)]
@@ -43,10 +44,14 @@ mod xml;
 pub use chain::{Chain, ChainOptions, Mapping, PreparedWrite, Source, WriteTarget};
 pub use commit::CommitPlan;
 pub use delta::{CreateOptions, Probe, RepairSummary, create_image, examine, probe};
-pub use descriptor::{DESCRIPTOR_NAME, DiskDescriptor, Image, ImageKind, MergeInto, Mode, Shot, Transition};
+pub use descriptor::{
+    DESCRIPTOR_NAME, DiskDescriptor, Image, ImageKind, MergeInto, Mode, Shot, Transition, TreeState,
+    image_name,
+};
 pub use geometry::{Geometry, Version};
 pub use guid::Guid;
 pub use header::{Header, InUse, RawHeader};
 pub use moving::Destination;
 pub use relocate::{Move, Preallocation, ResizePlan};
+pub(crate) use sizes::scrub_slots;
 pub use verify::{Finding, Verdict, WrongEntry};

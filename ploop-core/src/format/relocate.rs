@@ -6,11 +6,12 @@
 //!
 //! 1. for groups of [`ResizePlan::moves`]: copy, sync, [`Chain::enter_moves`], flush;
 //! 2. [`Chain::clear_entries`] with [`ResizePlan::clears`], flush;
-//! 3. zero [`ResizePlan::zeroes`], write the entries of [`ResizePlan::preallocation`], sync;
+//! 3. zero [`ResizePlan::zeroes`], write the entries of [`ResizePlan::preallocations`], sync;
 //! 4. [`Chain::commit_resize`]: the header, in one write. That is the moment of the new size.
 //!
-//! Only the top changes. A delta below may stay smaller than the disk: what it lacks reads as zeros. One that holds
-//! something *past* the present end would show old bytes in the new range: that is refused.
+//! Only the top changes; deltas below keep their sizes ([`sizes`](super::sizes)). A top that becomes smaller on snapshots
+//! loses its entries past the new end by the header alone, all at once: cleared before, with the old size still in force,
+//! they would let the bytes of a snapshot be seen. Their slots are zeroed behind the header.
 //!
 //! Invariants of a plan: sources and destinations of moves are disjoint; no destination is named by an entry; every
 //! destination lies at or past the new data start, and an entry can name it.
@@ -25,6 +26,8 @@ use super::chain::Chain;
 use super::delta::{Delta, Image};
 use super::geometry::{ENTRY_BYTES, Geometry};
 use super::header::HEADER_BYTES;
+use super::sizes::scrub_slots;
+use crate::mutant::{self, Mutant};
 
 /// One cluster that changes its place in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,10 +40,10 @@ pub struct Move {
     pub to: FileCluster,
 }
 
-/// Places for all clusters of a new range, in order, past the end of the file.
+/// Places for a run of clusters of a new range, in order, past the end of the file: zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Preallocation {
-    /// The first cluster of the disk that gets a place.
+    /// The first cluster of the run.
     pub guest: GuestCluster,
     /// Its place; the others follow.
     pub place: FileCluster,
@@ -61,8 +64,8 @@ pub struct ResizePlan {
     pub freed: Vec<FileCluster>,
     /// What must read as zeros before the header is written: begin and length in bytes.
     pub zeroes: Vec<(FileOffset, u64)>,
-    /// Places for the new range, if it gets them at once.
-    pub preallocation: Option<Preallocation>,
+    /// Places for the new range, ascending: for all of it, if it gets them at once, or for what must hide lower deltas.
+    pub preallocations: Vec<Preallocation>,
     /// How long the file must be, in bytes, for all destinations, the table and the preallocation.
     pub file_bytes: u64,
 }
@@ -89,7 +92,7 @@ impl Chain {
     /// What has to be done to give the disk the size `disk` (see [`Geometry::rounded`]); `preallocate` gives every
     /// cluster of the new range its place at once. Changes nothing. Nothing of the chain is being written meanwhile.
     ///
-    /// Fails with `Parameter` beyond a limit of the version and where a delta below would show through.
+    /// Fails with `Parameter` beyond a limit of the version.
     pub fn plan_resize(&self, disk: Sectors, preallocate: bool) -> Result<ResizePlan> {
         let top = self.top_delta();
         self.plan(top, disk, preallocate).map_err(|error| error.at_path(&top.name))
@@ -99,16 +102,6 @@ impl Chain {
         let old = &top.geometry;
         let geometry = old.resized(disk)?;
         let shrinks = geometry.disk_bytes() < old.disk_bytes();
-        if shrinks && self.depth() > 1 {
-            return Err(Error::new(
-                ErrorKind::Parameter,
-                "make the disk smaller: it has snapshots, which keep what lies past its end",
-            )
-            .advise("merge or delete its snapshots first"));
-        }
-        if geometry.disk_bytes() > old.disk_bytes() {
-            self.check_nothing_shows_through(old)?;
-        }
         let Some(image) = &top.image else {
             let file_bytes = geometry.disk_bytes();
             return Ok(ResizePlan::empty(geometry, file_bytes));
@@ -126,7 +119,9 @@ impl Chain {
         image.bat.table().for_each_entry(old.entries(), |guest, raw| {
             match old.entry_to_cluster(raw) {
                 Ok(Some(place)) if u64::from(guest.0) >= kept => {
-                    plan.clears.push(guest);
+                    if !shrinks || self.top() == 0 {
+                        plan.clears.push(guest);
+                    }
                     plan.freed.push(place);
                     // Not a destination either: it is free only when its clearing is durable.
                     used.insert(place.0);
@@ -158,52 +153,32 @@ impl Chain {
         if let Some(last) = plan.moves.last() {
             end = end.max(geometry.file_end(last.to).0);
         }
+        let past_file = file_len.saturating_sub(geometry.phase_bytes()).div_ceil(geometry.cluster_bytes());
+        let mut place = u32::try_from(past_file).unwrap_or(u32::MAX).max(free.next);
+        let mut runs: Vec<(u32, u32)> = Vec::new();
         if preallocate && geometry.entries() > old.entries() {
-            let past_file =
-                file_len.saturating_sub(geometry.phase_bytes()).div_ceil(geometry.cluster_bytes());
-            let place = u32::try_from(past_file).unwrap_or(u32::MAX).max(free.next);
-            let count = geometry.entries() - old.entries();
+            runs.push((old.entries(), geometry.entries() - old.entries()));
+        } else if geometry.disk_bytes() > old.disk_bytes() && !mutant::is_active(Mutant::GrownUnhidden) {
+            for guest in self.hidden_by_growth(old, geometry)? {
+                match runs.last_mut() {
+                    Some((first, count)) if *first + *count == guest => *count += 1,
+                    _ => runs.push((guest, 1)),
+                }
+            }
+        }
+        for (guest, count) in runs {
             let last = place.saturating_add(count - 1);
             geometry.cluster_to_entry(FileCluster(last))?;
             end = end.max(geometry.file_end(FileCluster(last)).0);
-            plan.preallocation =
-                Some(Preallocation { guest: GuestCluster(old.entries()), place: FileCluster(place), count });
+            let (guest, from) = (GuestCluster(guest), FileCluster(place));
+            plan.preallocations.push(Preallocation { guest, place: from, count });
+            place = last.saturating_add(1);
         }
         plan.file_bytes = end.max(file_len);
         if !shrinks {
             plan.zeroes = zeroes(old, geometry, image, &plan.moves);
         }
         Ok(plan)
-    }
-
-    /// Fails if a delta below holds something past the present end, which would come to light in the new range.
-    fn check_nothing_shows_through(&self, old: &Geometry) -> Result<()> {
-        for delta in &self.deltas()[..self.top()] {
-            if delta.geometry.disk_bytes() <= old.disk_bytes() {
-                continue;
-            }
-            let first = u32::try_from(old.disk_bytes() / old.cluster_bytes()).unwrap_or(u32::MAX);
-            let holds = match &delta.image {
-                None => true,
-                Some(image) => {
-                    let mut holds = false;
-                    image
-                        .bat
-                        .table()
-                        .for_each_entry(delta.geometry.entries(), |guest, _| holds |= guest.0 >= first);
-                    holds
-                }
-            };
-            if holds {
-                return Err(Error::new(
-                    ErrorKind::Parameter,
-                    "make the disk larger: a snapshot below holds data past its present end, which would come back",
-                )
-                .at_path(&delta.name)
-                .advise("merge the snapshots first"));
-            }
-        }
-        Ok(())
     }
 
     /// Enters new places whose content is complete and synced; the next flush makes them durable.
@@ -242,7 +217,14 @@ impl Chain {
     pub fn commit_resize(&self, plan: &ResizePlan) -> Result<Arc<Self>> {
         let top = self.top_delta();
         match &top.image {
-            Some(image) => image.bat.replace_header(&top.storage, |header| header.resized(&plan.geometry)),
+            Some(image) => {
+                image.bat.replace_header(&top.storage, |header| header.resized(&plan.geometry)).and_then(
+                    |()| match self.top() > 0 && plan.geometry.disk_bytes() < top.geometry.disk_bytes() {
+                        true => scrub_slots(&*top.storage, &plan.geometry),
+                        false => Ok(()),
+                    },
+                )
+            }
             None => top
                 .storage
                 .set_len(plan.geometry.disk_bytes())
@@ -296,7 +278,7 @@ impl ResizePlan {
             clears: Vec::new(),
             freed: Vec::new(),
             zeroes: Vec::new(),
-            preallocation: None,
+            preallocations: Vec::new(),
             file_bytes,
         }
     }
@@ -308,7 +290,7 @@ impl ResizePlan {
 }
 
 impl Preallocation {
-    /// The table entries of clusters `from..to` of the new range, counted from its first, and where they lie in the file.
+    /// The table entries of clusters `from..to` of the run, counted from its first, and where they lie in the file.
     pub fn entries(&self, geometry: &Geometry, from: u32, to: u32) -> Result<(FileOffset, Vec<u8>)> {
         let offset = HEADER_BYTES + ENTRY_BYTES * (u64::from(self.guest.0) + u64::from(from));
         let mut bytes = Vec::new();

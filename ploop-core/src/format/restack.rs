@@ -15,7 +15,11 @@ use super::delta::{Delta, RepairSummary, Role};
 use super::holders::Lookup;
 
 impl Chain {
-    fn of_deltas(deltas: Vec<Arc<Delta>>, lookup: Option<Lookup>, writable: bool) -> Result<Arc<Self>> {
+    pub(super) fn of_deltas(
+        deltas: Vec<Arc<Delta>>,
+        lookup: Option<Lookup>,
+        writable: bool,
+    ) -> Result<Arc<Self>> {
         let geometry = match deltas.last() {
             Some(delta) => delta.geometry.clone(),
             None => return Err(Error::new(ErrorKind::Parameter, "open disk: no file")),
@@ -93,9 +97,10 @@ impl Chain {
         let options = super::ChainOptions { access: Access::ReadWrite, raw_cluster, accept_in_use: false };
         let name = parent.name.clone();
         let chain = Self::open(vec![parent], &options)?;
-        let (old, new) = (self.delta_geometry(delta), chain.geometry());
-        if (old.cluster_bytes(), old.disk_bytes()) != (new.cluster_bytes(), new.disk_bytes()) {
-            return Err(Error::new(ErrorKind::Parameter, "merge: the parent changed its size").at_path(&name));
+        if self.delta_geometry(delta).cluster_bytes() != chain.geometry().cluster_bytes() {
+            return Err(
+                Error::new(ErrorKind::Parameter, "merge: the parent changed its clusters").at_path(&name)
+            );
         }
         Ok(chain)
     }
@@ -127,6 +132,38 @@ impl Chain {
         };
         deltas.push(Arc::clone(&merged.deltas[0]));
         Self::of_deltas(deltas, lookup, merged.writable)
+    }
+
+    /// This chain with the one image of `merged` in the place of the deltas from `lower` up to `upper`: it holds, durably,
+    /// all that they hold and the guest sees. With `upper` the top, `merged` is the new top, and the new chain is as writable
+    /// as `merged` is.
+    pub fn with_range_merged(&self, lower: usize, upper: usize, merged: &Self) -> Result<Arc<Self>> {
+        if lower >= upper || upper > self.top() || merged.depth() != 1 {
+            return Err(Error::new(ErrorKind::Parameter, "merge: these are no deltas on each other"));
+        }
+        let delta = Arc::clone(&merged.deltas[0]);
+        check_fits(&delta, &self.deltas[upper].geometry)?;
+        if delta.geometry.disk_bytes() != self.deltas[upper].geometry.disk_bytes() {
+            return Err(Error::new(ErrorKind::Parameter, "merge: the new image is a disk of another size")
+                .at_path(merged.name(0)));
+        }
+        let is_top = upper == self.top();
+        let mut deltas = self.deltas.clone();
+        deltas.splice(lower..=upper, [delta]);
+        let frozen = deltas.len() - 1;
+        let lookup = match &self.lookup {
+            _ if frozen == 0 => None,
+            // What a raw base holds was in no map.
+            Some(lookup) if !is_top && self.deltas[lower].image.is_some() => {
+                self.cover();
+                // One after the other: the clusters of each are those of the one below it, in the end of the new one.
+                let mut lookup = lookup.without(upper);
+                (lower + 1..upper).rev().for_each(|child| lookup = lookup.without(child));
+                Some(lookup)
+            }
+            _ => Some(Lookup::build(&deltas[..frozen], self.geometry.entries())?),
+        };
+        Self::of_deltas(deltas, lookup, if is_top { merged.writable } else { self.writable })
     }
 
     /// Clusters that a delta holds, in order, with where they lie and how many of their bytes are there; a raw base holds
@@ -270,6 +307,23 @@ mod tests {
                         check(&chain, &model);
                         files.remove(child);
                         chain = new;
+                    }
+                    9 if chain.depth() > 1 && random.index(2) == 0 => {
+                        flush(&chain);
+                        let upper = 1 + random.index(chain.top());
+                        let lower = random.index(upper);
+                        let file = image(CLUSTERS);
+                        let new = open(&[&file], Access::ReadWrite).unwrap();
+                        (lower..=upper).for_each(|delta| merge(&chain, delta, &new));
+                        if upper < chain.top() {
+                            new.close().unwrap();
+                        }
+                        let next = chain.with_range_merged(lower, upper, &new).unwrap();
+                        check(&next, &model);
+                        check(&chain, &model);
+                        assert!(next.is_writable() && chain.with_range_merged(upper, lower, &new).is_err());
+                        files.splice(lower..=upper, [file]);
+                        chain = next;
                     }
                     9 if chain.depth() > 1 => {
                         flush(&chain);

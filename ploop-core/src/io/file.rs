@@ -493,6 +493,9 @@ impl Folder for DirectoryFolder {
     }
 
     fn sync(&self) -> io::Result<()> {
+        #[cfg(test)]
+        FOLDER_SYNC
+            .with(|fault| fault.get().map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno))))?;
         sys::sync_all(self.as_fd())
     }
 
@@ -503,6 +506,12 @@ impl Folder for DirectoryFolder {
         }
         Ok(Box::new(Self { descriptor: file.into(), path: self.path.join(name), caching: self.caching }))
     }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// With what the syncs of folders fail in this thread.
+    pub(crate) static FOLDER_SYNC: std::cell::Cell<Option<i32>> = const { std::cell::Cell::new(None) };
 }
 
 #[cfg(test)]

@@ -290,22 +290,20 @@ mod tests {
         assert!(!write(&path), "qemu-io wrote to an image that we own");
         drop(lock);
         assert!(write(&path));
-        let mut holder = Command::new("qemu-io")
-            .args(["-f", "raw", "-c", "write 0 512", "-c", "sleep 60000"])
-            .arg(&path)
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        let refused = loop {
-            if take(&path, Ownership::Writer).is_err() {
-                break true;
-            }
-            if std::time::Instant::now() > deadline {
-                break false;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(20));
+        let hold = || {
+            let mut command = Command::new("qemu-io");
+            command.args(["-f", "raw", "-c", "write 0 512", "-c", "sleep 1000000"]).arg(&path);
+            command.stdout(std::process::Stdio::null()).spawn().unwrap()
         };
+        let mut holder = hold();
+        let refused = (0..10_000).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            // It came just when we had a look: it is refused then, and tries again.
+            if holder.try_wait().unwrap().is_some() {
+                holder = hold();
+            }
+            take(&path, Ownership::Writer).is_err()
+        });
         holder.kill().unwrap();
         holder.wait().unwrap();
         assert!(refused, "we opened an image that qemu-io writes");

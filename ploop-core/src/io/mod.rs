@@ -24,6 +24,7 @@ pub mod pool;
 pub mod sim;
 pub mod stamp;
 pub mod sys;
+pub mod temporary;
 pub mod uring;
 
 #[cfg(test)]

@@ -279,6 +279,25 @@ impl SimDisk {
         self.lock().alignment = alignment;
     }
 
+    /// From now on a sector of the file `name` cannot be read, until it is wholly written.
+    pub fn lose_sector(&self, name: &str, sector: u64) -> io::Result<()> {
+        let mut world = self.lock();
+        let file = *world.names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        let state = world.file(file);
+        state.live.lose_sector(sector);
+        state.durable.lose_sector(sector);
+        Ok(())
+    }
+
+    /// The sectors that cannot be read: the file's name, and the sector in it. Files without a name are left out.
+    pub fn unreadable_sectors(&self) -> Vec<(String, u64)> {
+        let world = self.lock();
+        let sectors = |(name, &file): (&String, &usize)| -> Vec<(String, u64)> {
+            world.files[file].live.unreadable().iter().map(|&sector| (name.clone(), sector)).collect()
+        };
+        world.names.iter().flat_map(sectors).collect()
+    }
+
     /// How often a kind of call was made.
     pub fn calls(&self, call: Call) -> u64 {
         self.lock().calls[call as usize]

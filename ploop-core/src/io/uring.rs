@@ -441,7 +441,7 @@ mod tests {
             waker.wake();
             let mut reaped = Reaped::default();
             while !reaped.woken {
-                reaped = queue.reap(Wait::For(Duration::from_secs(10)), &mut done).unwrap();
+                reaped = queue.reap(Wait::For(Duration::from_secs(300)), &mut done).unwrap();
                 assert_ne!(reaped, Reaped::default(), "the wake-up was lost");
             }
         }

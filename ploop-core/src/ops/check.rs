@@ -20,7 +20,7 @@ use crate::io::file::{self, DirectoryFolder};
 use crate::io::lock::{ImageLock, Ownership, shared_by_clones};
 use crate::io::{Access, Folder, Storage, StorageExt};
 use crate::ops::Progress;
-use crate::ops::descriptor_lock::{DescriptorLock, LOCK_TIMEOUT};
+use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use crate::ops::image_files::is_shared;
 use crate::ops::open::{Bundle, Place, place};
 use crate::ops::repair::undo_file::UndoFile;
@@ -72,7 +72,7 @@ impl CheckOptions {
             repair: false,
             fill_holes: false,
             raw_cluster: None,
-            lock_timeout: LOCK_TIMEOUT,
+            lock_timeout: lock_timeout(),
         }
     }
 

@@ -188,7 +188,9 @@ pub fn clone_in(
     let storages: Vec<Arc<dyn Storage>> = sources.iter().map(|source| Arc::clone(&source.storage)).collect();
     let chain = open_chain(descriptor, sources, Access::ReadOnly)?;
     let top = chain.top();
-    if chain.header(top).is_some_and(|header| header.in_use() == InUse::Open) {
+    // A snapshot of a running disk whose server died then has the mark still: it means nothing there.
+    let is_written = state == descriptor.top_guid();
+    if is_written && chain.header(top).is_some_and(|header| header.in_use() == InUse::Open) {
         return Err(Error::new(ErrorKind::Busy, "clone disk: it was not closed by its last writer")
             .at_path(chain.name(top))
             .advise("mount and unmount it once, or check and repair it; then clone it"));

@@ -7,6 +7,7 @@
 //! images it works on, and that lock in turn sees theirs.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,14 +17,24 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long the original waits.
-pub const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Whole seconds to wait instead.
+const LOCK_SECONDS_VARIABLE: &str = "PLOOP_LOCK_SECONDS_MAX";
 /// How often a taken lock is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long commands wait: as long as the original, 60 seconds, or what the environment says in whole seconds with
+/// `PLOOP_LOCK_SECONDS_MAX` (what is no number there says nothing).
+pub fn lock_timeout() -> Duration {
+    let said = std::env::var(LOCK_SECONDS_VARIABLE).ok().and_then(|text| text.parse().ok());
+    said.map_or(LOCK_TIMEOUT, |seconds: u32| Duration::from_secs(seconds.into()))
+}
 
 /// The held lock; dropping it, or the end of the process, releases it.
 #[derive(Debug)]
 pub struct DescriptorLock {
-    _file: Flock<File>,
+    /// None on a medium that takes no writes and has no lock file: there no command changes anything.
+    _file: Option<Flock<File>>,
 }
 
 impl DescriptorLock {
@@ -31,21 +42,30 @@ impl DescriptorLock {
     /// [`ErrorKind::DescriptorLocked`] if it stays locked, [`ErrorKind::Lock`] if it cannot be locked at all.
     pub fn take(descriptor: &Path, timeout: Duration) -> Result<Self> {
         let path = lock_path(descriptor);
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(&path)
-            .map_err(|error| {
-                Error::io(ErrorKind::Lock, "open the descriptor's lock file", error).at_path(&path)
-            })?;
+        let open = |writes: bool| {
+            OpenOptions::new()
+                .read(true)
+                .write(writes)
+                .create(writes)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                .open(&path)
+        };
+        let opened = match open(true) {
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => match open(false) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self { _file: None }),
+                other => other,
+            },
+            other => other,
+        };
+        let mut file = opened.map_err(|error| {
+            Error::io(ErrorKind::Lock, "open the descriptor's lock file", error).at_path(&path)
+        })?;
         let deadline = Instant::now() + timeout;
         loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(file) => return Ok(Self { _file: file }),
+                Ok(file) => return Ok(Self { _file: Some(file) }),
                 Err((back, nix::errno::Errno::EWOULDBLOCK | nix::errno::Errno::EINTR)) => file = back,
                 Err((_, error)) => {
                     return Err(Error::io(ErrorKind::Lock, "lock descriptor", error.into()).at_path(&path));
@@ -86,8 +106,9 @@ mod tests {
         assert_eq!(error.kind().exit_code(), 23);
         let waiting = std::thread::spawn({
             let descriptor = descriptor.clone();
-            move || DescriptorLock::take(&descriptor, Duration::from_secs(20)).map(drop)
+            move || DescriptorLock::take(&descriptor, Duration::from_secs(300)).map(drop)
         });
+        // Most often it waits by then; it gets the lock in any case.
         std::thread::sleep(Duration::from_millis(50));
         drop(held);
         waiting.join().unwrap().unwrap();

@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::CLUSTER_SECTORS_DEFAULT;
 use crate::format::{Chain, Geometry, Guid};
 use crate::io::file::DirectoryFolder;
+use crate::io::temporary::remove_left_over;
 use crate::io::{Access, BufferPool, Folder, IoBuf, Storage};
 use crate::units::Sectors;
 
@@ -35,12 +36,14 @@ pub struct ExportOptions {
     pub snapshot: Option<Guid>,
     /// The base is raw, in clusters of this size. Only for images without descriptor.
     pub raw_cluster: Option<Sectors>,
+    /// What was written into a file is read back and compared.
+    pub read_back: bool,
 }
 
 impl ExportOptions {
     /// The current state of the disk at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { which: Which::Path(path.into()), snapshot: None, raw_cluster: None }
+        Self { which: Which::Path(path.into()), snapshot: None, raw_cluster: None, read_back: true }
     }
 }
 
@@ -89,7 +92,11 @@ pub fn export(options: &ExportOptions, target: &Path, progress: &dyn Progress) -
         ));
     }
     let (chain, warnings) = open_chain(options)?;
-    let host_bytes = export_in(&folder, name, &chain, progress).map_err(|error| error.at_path(target))?;
+    remove_left_over(&folder, name).map_err(|cause| {
+        Error::io(ErrorKind::Stat, "export: look for what an earlier one left", cause).at_path(target)
+    })?;
+    let host_bytes = export_in(&folder, name, &chain, options.read_back, progress)
+        .map_err(|error| error.at_path(target))?;
     Ok(ExportReport {
         file: Some(target.to_path_buf()),
         disk_bytes: chain.geometry().disk_bytes(),
@@ -98,30 +105,30 @@ pub fn export(options: &ExportOptions, target: &Path, progress: &dyn Progress) -
     })
 }
 
-/// As [`export`], of an open chain into an open folder. Returns what the file takes on the host, in bytes.
+/// As [`export`], of an open chain into an open folder; `read_back` as in the options. Returns what the file takes on
+/// the host, in bytes.
 pub fn export_in(
     folder: &dyn Folder,
     name: &str,
     chain: &Arc<Chain>,
+    read_back: bool,
     progress: &dyn Progress,
 ) -> Result<u64> {
     let end = chain.geometry().disk_bytes();
     let cluster = Sectors(u64::from(CLUSTER_SECTORS_DEFAULT));
     let geometry = Geometry::raw(cluster, end)?;
     let content = ChainContent::whole(Arc::clone(chain));
-    let pipeline = Pipeline { progress };
+    let pipeline = Pipeline { progress, read_back };
     place_file(folder, name, |storage| {
         let path = Path::new(name);
-        let recorded = fill_new(storage, path, &geometry, false, |target, storage| {
+        let ((), layout) = fill_new(storage, path, &geometry, false, |target, storage| {
             let unit = target.unit_bytes();
-            progress.begin("export", transfer::data_bytes(&content, unit, end)?);
+            progress.begin("export", pipeline.total_bytes(transfer::data_bytes(&content, unit, end)?));
             let threads = transfer::threads(storage, transfer::piece_bytes(unit));
             transfer::copy(&content, target, end, threads, &pipeline)
         })?;
         progress.end();
-        progress.begin("verify", recorded.pieces().map(|(extent, _)| extent.len()).sum());
-        verify_new(storage, path, &geometry, false, &recorded, &pipeline)?;
-        progress.end();
+        verify_new(storage, path, &geometry, layout)?;
         storage
             .allocated_bytes()
             .map_err(|cause| Error::io(ErrorKind::Stat, "export: measure the file", cause))

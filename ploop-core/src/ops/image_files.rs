@@ -17,6 +17,7 @@ use crate::io::file::{self, DirectoryFolder, FileStorage};
 use crate::io::latch::Latched;
 use crate::io::lock::{ImageLock, Ownership};
 use crate::io::{Access, Folder, Storage, sys};
+use crate::mutant::{self, Mutant};
 use crate::ops::open::LockedStorage;
 
 /// The folder of a disk, whose images are locked while they are open.
@@ -165,6 +166,15 @@ pub(crate) fn check_free(folder: &dyn Folder, file: &str) -> Result<()> {
             .advise("choose another name; nothing was changed"));
     }
     Ok(())
+}
+
+/// Where a mutant removes the files that `next` will call obsolete before it is stored.
+pub(crate) fn remove_early(folder: &dyn Folder, next: &DiskDescriptor) {
+    if mutant::is_active(Mutant::RemovedBeforeCommit) {
+        for file in next.obsolete() {
+            drop(folder.unlink(file));
+        }
+    }
 }
 
 /// Removes the files that the descriptor says are obsolete, durably, and makes it forget them.

@@ -25,7 +25,7 @@ use crate::units::Sectors;
 
 use super::convert::{fill_new, verify_new};
 use super::create::version_number;
-use super::descriptor_lock::{DescriptorLock, LOCK_TIMEOUT};
+use super::descriptor_lock::{DescriptorLock, lock_timeout};
 use super::plan::{self, Plan};
 use super::progress::Progress;
 use super::transfer::{self, Pipeline, StorageContent};
@@ -48,6 +48,8 @@ pub struct ImportOptions {
     pub cluster: Sectors,
     /// How the disk lies in the image. Preallocated needs the size of a stream.
     pub mode: Mode,
+    /// What was written is read back and compared before the disk is there.
+    pub read_back: bool,
 }
 
 impl ImportOptions {
@@ -60,6 +62,7 @@ impl ImportOptions {
             version: Version::V2,
             cluster: Sectors(u64::from(CLUSTER_SECTORS_DEFAULT)),
             mode: Mode::Expanded,
+            read_back: true,
         }
     }
 }
@@ -117,7 +120,7 @@ pub fn import_from(
     progress: &dyn Progress,
 ) -> Result<ImportReport> {
     let folder = DirectoryFolder::open(&options.folder)?;
-    let _lock = DescriptorLock::take(&options.folder.join(DESCRIPTOR_NAME), LOCK_TIMEOUT)?;
+    let _lock = DescriptorLock::take(&options.folder.join(DESCRIPTOR_NAME), lock_timeout())?;
     let images = DirectoryFolder::open(&options.folder)?.direct();
     import_in(&folder, &images, options, input, progress)
 }
@@ -166,14 +169,16 @@ pub fn import_in(
     let image = options.folder.join(&options.file);
     let plan = Plan { new: vec![options.file.clone(), whole], old: Vec::new() };
     plan.store(folder)?;
-    let made = build(images, options, input, &Pipeline { progress }).and_then(|made| {
-        folder.sync().map_err(|cause| Error::io(ErrorKind::Sync, "import: sync the folder", cause))?;
-        let disk = made.geometry.disk_sectors();
-        DiskDescriptor::new_single(&options.file, options.mode, disk, options.cluster)
-            .map_err(|error| error.with_kind(ErrorKind::Parameter))?
-            .store_new(folder)?;
-        Ok(made)
-    });
+    let made = build(images, options, input, &Pipeline { progress, read_back: options.read_back }).and_then(
+        |made| {
+            folder.sync().map_err(|cause| Error::io(ErrorKind::Sync, "import: sync the folder", cause))?;
+            let disk = made.geometry.disk_sectors();
+            DiskDescriptor::new_single(&options.file, options.mode, disk, options.cluster)
+                .map_err(|error| error.with_kind(ErrorKind::Parameter))?
+                .store_new(folder)?;
+            Ok(made)
+        },
+    );
     let made = match made {
         Ok(made) => made,
         // The descriptor may be there after a power loss, or not: the image stays, and the plan with it.
@@ -259,17 +264,15 @@ fn from_storage(
     let content = StorageContent::new(source, input_bytes);
     let preallocated = options.mode == Mode::Preallocated;
     let name = Path::new(&options.file);
-    let recorded = fill_new(storage, name, &geometry, preallocated, |target, storage| {
+    let ((), layout) = fill_new(storage, name, &geometry, preallocated, |target, storage| {
         let unit = target.unit_bytes();
         let data = transfer::data_bytes(&content, unit, input_bytes)?;
-        pipeline.progress.begin("import", data);
+        pipeline.progress.begin("import", pipeline.total_bytes(data));
         let threads = transfer::threads(storage, transfer::piece_bytes(unit));
         transfer::copy(&content, target, input_bytes, threads, pipeline)
     })?;
     pipeline.progress.end();
-    pipeline.progress.begin("verify", recorded.pieces().map(|(extent, _)| extent.len()).sum());
-    verify_new(storage, name, &geometry, preallocated, &recorded, pipeline)?;
-    pipeline.progress.end();
+    verify_new(storage, name, &geometry, layout)?;
     Made::new(storage, geometry, input_bytes)
 }
 

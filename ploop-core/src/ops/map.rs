@@ -89,11 +89,8 @@ pub fn map(
     begin: &mut dyn FnMut(&MapHead) -> Result<()>,
     visit: &mut dyn FnMut(MapExtent) -> Result<()>,
 ) -> Result<()> {
-    let access = OpenOptions {
-        snapshot: options.snapshot,
-        block_device: true,
-        ..OpenOptions::new(&options.path, Access::ReadOnly)
-    };
+    let access =
+        OpenOptions { snapshot: options.snapshot, ..OpenOptions::new(&options.path, Access::ReadOnly) };
     let opened = open(&access)?;
     let head = head(&opened.chain)?;
     begin(&head)?;

@@ -3,7 +3,7 @@
 //! The usual merge copies down into the lowest image of a range. Its order is that of the crash model, section 5:
 //!
 //! 1. the descriptor marks all but the highest as being merged: they can no longer be used;
-//! 2. the lowest is grown if the highest is larger (an image by a merge into a new file, a raw base in place);
+//! 2. the lowest gets the size of the highest, if that differs ([`fitting`]);
 //! 3. what the others hold is copied into it, content before pointer, in groups;
 //! 4. it is synced and closed;
 //! 5. **commit**: the descriptor names it as the image of the highest state;
@@ -28,16 +28,21 @@ use crate::format::{
     self, Chain, DESCRIPTOR_NAME, DiskDescriptor, Guid, MergeInto, Source, Transition, create_image,
 };
 use crate::io::{Access, Folder, Storage, ownership};
+use crate::mutant::{self, Mutant};
 use crate::ops::descriptor_lock::DescriptorLock;
 use crate::ops::image_files::{
-    LockedFolder, check_free, create_file, is_shared, open_chain, open_image, remove_obsolete, source,
+    LockedFolder, check_free, create_file, is_shared, open_chain, open_image, remove_early, remove_obsolete,
+    source,
 };
 use crate::ops::open::{Place, place};
 use crate::ops::progress::Progress;
 
 pub(crate) mod copy;
+pub mod files;
+pub(crate) mod fitting;
 
 pub use copy::{CopyStep, MergeCopy, Wins};
+pub use files::{MergeFilesOptions, MergeFilesReport, merge_files};
 
 /// What to merge.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +83,15 @@ pub fn merge(
     merge_in(&bundle.folder, options, progress).map_err(|error| error.at_path(&bundle.path))
 }
 
+/// What a merge is made for: what is remembered of it until its files are removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// The same merge again finds itself done.
+    Merge,
+    /// The same deletion again finds itself done; a merge into what remains is another operation.
+    Delete,
+}
+
 /// The folder of a closed disk, and the lock on its descriptor.
 pub(crate) struct OpenBundle {
     pub(crate) folder: LockedFolder,
@@ -102,7 +116,7 @@ impl OpenBundle {
 /// As [`merge`], in an open folder that no other command works on.
 pub fn merge_in(folder: &dyn Folder, options: &MergeOptions, progress: &dyn Progress) -> Result<MergeReport> {
     let mut descriptor = DiskDescriptor::load(folder, None)?;
-    let completed = complete_in(folder, &mut descriptor, progress)?;
+    let completed = complete_in(folder, &mut descriptor, Asked::Merge, progress)?;
     let top = descriptor.top_guid();
     let named = options.snapshot.unwrap_or(top);
     // The same command again, after a crash: what it asked for is done.
@@ -121,7 +135,7 @@ pub fn merge_in(folder: &dyn Folder, options: &MergeOptions, progress: &dyn Prog
     if let Some(file) = &options.new_file {
         return merge_into_new(folder, &mut descriptor, lower, upper, file, progress);
     }
-    merge_range(folder, &mut descriptor, lower, upper, Wins::Source, progress)
+    merge_range(folder, &mut descriptor, (lower, upper), (Wins::Source, Asked::Merge), progress)
 }
 
 /// The lowest and the highest state that the options mean.
@@ -191,14 +205,16 @@ fn again(source: &Source) -> Source {
 pub(crate) fn merge_range(
     folder: &dyn Folder,
     descriptor: &mut DiskDescriptor,
-    lower: Guid,
-    upper: Guid,
-    wins: Wins,
+    (lower, upper): (Guid, Guid),
+    (wins, asked): (Wins, Asked),
     progress: &dyn Progress,
 ) -> Result<MergeReport> {
     let mut finished = descriptor.clone();
     let into = if wins == Wins::Source { MergeInto::Lower } else { MergeInto::Upper };
     finished.finish_merge(lower, upper, into)?;
+    if asked == Asked::Delete {
+        finished.was_a_deletion(upper);
+    }
     let count = descriptor.range(lower, upper)?.len();
     let written = if wins == Wins::Source { 0 } else { count.saturating_sub(1) };
     // Opened first: whoever has one of them open keeps us from changing anything.
@@ -209,33 +225,38 @@ pub(crate) fn merge_range(
     let others = range.sources.iter().map(again).collect();
     let source = open_chain(descriptor, others, Access::ReadOnly)?;
     let before = open_chain(descriptor, vec![again(&target)], Access::ReadOnly)?;
-    let grown_bytes = match compare_sizes(&before, &source, wins)? {
-        Sizes::Fit => None,
-        Sizes::RawTooSmall(bytes) => Some(bytes),
-        Sizes::ImageTooSmall => {
-            // Its table is too short: they become one in a new file, which is what growing would cost in the worst case.
-            drop((before, source, target, range));
-            let file = descriptor.new_file_name();
-            return merge_into_new(folder, descriptor, lower, upper, &file, progress);
-        }
-    };
+    check_sizes(&before, &source, wins)?;
+    if wins == Wins::Source {
+        check_cut(folder, descriptor, (lower, upper), &before, &source)?;
+    }
     drop(before);
+    let disk = source.geometry().disk_sectors();
     if wins == Wins::Source {
         let mut marked = descriptor.clone();
         marked.begin_merge(lower, upper)?;
-        if marked != *descriptor {
+        // Also where it says so already: the sync of the run that was cut may have failed.
+        if !mutant::is_active(Mutant::MergeUnmarked) {
             marked.store(folder)?;
-            *descriptor = marked;
         }
+        *descriptor = marked;
     }
-    if let Some(bytes) = grown_bytes {
-        grow_raw(&*target.storage, bytes).map_err(|error| going_on(error, &target.name))?;
+    if wins == Wins::Source && target.raw {
+        let bytes = source.geometry().disk_bytes();
+        fitting::fit_raw(&*target.storage, bytes).map_err(|error| going_on(error, &target.name))?;
     }
-    let target = open_chain(descriptor, vec![target], Access::ReadWrite)?;
+    let name = target.name.clone();
+    let mut target = open_chain(descriptor, vec![target], Access::ReadWrite)?;
+    if wins == Wins::Source {
+        target = fitting::fit(target, disk, progress).map_err(|error| going_on(error, &name))?;
+    }
+    if mutant::is_active(Mutant::CommitBeforeMerge) {
+        finished.store(folder)?;
+    }
     let copied_bytes = run_copy(&target, &source, wins, range.on_nothing, progress)
         .map_err(|error| going_on(error, target.name(0)))?;
     drop(target);
     drop(source);
+    remove_early(folder, &finished);
     finished.store(folder)?;
     *descriptor = finished;
     remove_obsolete(folder, descriptor)?;
@@ -264,35 +285,44 @@ fn going_on(error: Error, name: &std::path::Path) -> Error {
     error.advise("the disk is whole; run the same command again: the merge goes on and cannot be undone")
 }
 
-/// Whether the target holds what the source will bring.
-enum Sizes {
-    Fit,
-    /// A raw file that must first be of so many bytes.
-    RawTooSmall(u64),
-    ImageTooSmall,
-}
-
-fn compare_sizes(target: &Chain, source: &Chain, wins: Wins) -> Result<Sizes> {
-    let (to, from) = (target.geometry().disk_bytes(), source.geometry().disk_bytes());
-    if to == from || wins == Wins::Target && to > from {
-        return Ok(Sizes::Fit);
+/// The images are of one disk: a parent of another one is not written, nor given another size. And an upward merge, which
+/// only other programs begin, has a target that is large enough.
+fn check_sizes(target: &Chain, source: &Chain, wins: Wins) -> Result<()> {
+    let (own, other) = (target.geometry().cluster_sectors(), source.geometry().cluster_sectors());
+    if own != other {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            format!("merge: the image has clusters of {own} sectors, what is merged into it of {other}"),
+        )
+        .at_path(target.name(0))
+        .advise("it is of another disk: put the right file in its place; nothing was changed"));
     }
-    if to < from && wins == Wins::Source {
-        return Ok(if target.geometry().is_raw() { Sizes::RawTooSmall(from) } else { Sizes::ImageTooSmall });
+    let (to, from) = (target.geometry().disk_bytes(), source.geometry().disk_bytes());
+    if wins == Wins::Source || to >= from {
+        return Ok(());
     }
     Err(Error::new(
         ErrorKind::Parameter,
-        format!("merge: the upper image is of {from} bytes, the lower of {to}"),
+        format!("merge: the upper image is of {to} bytes, the lower, which goes into it, of {from}"),
     )
     .at_path(target.name(0))
-    .advise("a disk with snapshots cannot become smaller: make it as large as it was, then merge"))
+    .advise("finish the merge with the program that began it"))
 }
 
-/// Makes a raw base as large as what is merged into it.
-fn grow_raw(storage: &dyn Storage, bytes: u64) -> Result<()> {
-    let failed = |kind| move |error| Error::io(kind, "merge: make the raw base larger", error);
-    storage.set_len(bytes).map_err(failed(ErrorKind::Truncate))?;
-    storage.sync_data().map_err(failed(ErrorKind::Sync))
+/// Before images that are larger than the highest are cut: nobody else shows what goes.
+fn check_cut(
+    folder: &dyn Folder,
+    descriptor: &DiskDescriptor,
+    (lower, upper): (Guid, Guid),
+    target: &Chain,
+    source: &Chain,
+) -> Result<()> {
+    let disk = source.geometry().disk_bytes();
+    let is_larger = (0..source.top()).any(|delta| source.delta_geometry(delta).disk_bytes() > disk);
+    if target.geometry().disk_bytes() <= disk && !is_larger {
+        return Ok(());
+    }
+    fitting::check_nothing_shows(folder, descriptor, (lower, upper), false)
 }
 
 /// Copies and closes the target.
@@ -319,7 +349,7 @@ fn run_copy(
 }
 
 /// Merges a range into a new file. Until the descriptor names it, nothing has changed.
-fn merge_into_new(
+pub(crate) fn merge_into_new(
     folder: &dyn Folder,
     descriptor: &mut DiskDescriptor,
     lower: Guid,
@@ -339,6 +369,7 @@ fn merge_into_new(
     let range = open_range(folder, descriptor, lower, upper, None)?;
     let old = range.sources.first().map(|source| Arc::clone(&source.storage));
     let source = open_chain(descriptor, range.sources, Access::ReadOnly)?;
+    check_cut(folder, descriptor, (lower, upper), &source, &source)?;
     announced.store(folder)?;
     *descriptor = announced;
     let built = build_new(folder, &source, old.as_deref(), file, range.on_nothing, progress);
@@ -394,10 +425,11 @@ fn build_new(
 }
 
 /// Finishes what earlier commands, ours or others', left half done: removes files that nobody needs, and goes on with
-/// merges that were cut. Plain `Temporary` marks are left to [`delete`](crate::ops::snapshot_delete).
+/// merges that were cut, as if they had been begun for what is `asked` now. Plain `Temporary` marks are left to [`delete`](crate::ops::snapshot_delete).
 pub(crate) fn complete_in(
     folder: &dyn Folder,
     descriptor: &mut DiskDescriptor,
+    asked: Asked,
     progress: &dyn Progress,
 ) -> Result<Vec<MergeReport>> {
     let mut reports = Vec::new();
@@ -416,7 +448,7 @@ pub(crate) fn complete_in(
     }
     remove_obsolete(folder, descriptor)?;
     while let Some((lower, upper, wins)) = cut_merge(descriptor)? {
-        let report = merge_range(folder, descriptor, lower, upper, wins, progress)?;
+        let report = merge_range(folder, descriptor, (lower, upper), (wins, asked), progress)?;
         reports.push(MergeReport { resumed: true, ..report });
     }
     Ok(reports)

@@ -46,7 +46,9 @@ pub use export::{ExportOptions, ExportReport, export};
 pub use import::{ImportOptions, ImportReport, import};
 pub use info::{InfoOptions, InfoReport, info};
 pub use map::{MapExtent, MapHead, MapOptions, map};
-pub use merge::{MergeCopy, MergeOptions, MergeReport, merge};
+pub use merge::{
+    MergeCopy, MergeFilesOptions, MergeFilesReport, MergeOptions, MergeReport, merge, merge_files,
+};
 pub use open::{OpenOptions, OpenReport, Opened, Which, open};
 pub use progress::{Progress, Silent};
 pub use resize::{ResizeOptions, ResizeReport, Shrink, resize};

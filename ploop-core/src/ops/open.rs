@@ -23,9 +23,12 @@ use crate::format::{
 use crate::io::file::{self, Caching, DirectoryFolder, FileStorage};
 use crate::io::latch::Latched;
 use crate::io::lock::{ImageLock, Ownership};
-use crate::io::{Access, Alignment, Allocation, Storage, sys};
-use crate::ops::descriptor_lock::{DescriptorLock, LOCK_TIMEOUT};
+use crate::io::{Access, Alignment, Allocation, Folder, Storage, sys};
+use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use crate::units::Sectors;
+
+/// How often a reader begins anew because the descriptor has been replaced.
+const READ_TRIES: u32 = 20;
 
 /// Which files make up the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +71,7 @@ impl OpenOptions {
             accept_in_use: false,
             caching: Caching::Direct,
             block_device: false,
-            lock_timeout: LOCK_TIMEOUT,
+            lock_timeout: lock_timeout(),
         }
     }
 }
@@ -117,6 +120,11 @@ impl LockedStorage {
     /// An image at `path` with the lock on its open file.
     pub(super) fn new(storage: FileStorage, path: &Path, lock: ImageLock) -> Self {
         Self { storage, path: path.to_path_buf(), lock: Mutex::new(Some(lock)) }
+    }
+
+    /// An image at `path` without a lock, until one is [claimed](Storage::claim).
+    pub(super) fn unlocked(storage: FileStorage, path: &Path) -> Self {
+        Self { storage, path: path.to_path_buf(), lock: Mutex::new(None) }
     }
 }
 
@@ -209,6 +217,14 @@ impl Bundle {
         Ok(Self { folder, descriptor })
     }
 
+    /// Makes durable what was read: who wrote the descriptor may have been killed between a rename and the sync of the
+    /// folder, and what is done now, or answered to a flush, relies on it (S6).
+    fn settle(&self, path: &Path) -> Result<()> {
+        self.folder
+            .sync()
+            .map_err(|cause| Error::io(ErrorKind::Sync, "open disk: sync its folder", cause).at_path(path))
+    }
+
     /// Opens one of its images, following no link.
     pub(super) fn open_image(
         &self,
@@ -224,6 +240,11 @@ impl Bundle {
 
 /// Opens a disk. Fails with [`ErrorKind::InUse`] if somebody else has it.
 pub fn open(options: &OpenOptions) -> Result<Opened> {
+    open_for_work(options).map(|(opened, _lock)| opened)
+}
+
+/// As [`open`]; the lock on the descriptor, which other commands wait for, is the caller's as long as it works.
+pub(super) fn open_for_work(options: &OpenOptions) -> Result<(Opened, Option<DescriptorLock>)> {
     let refuse = |message: &str| Err(Error::new(ErrorKind::Parameter, format!("open disk: {message}")));
     let files = match &options.which {
         Which::Path(path) => match place(path)? {
@@ -245,21 +266,42 @@ pub fn open(options: &OpenOptions) -> Result<Opened> {
         opening.add(storage, path, access, number == 0 && options.raw_cluster.is_some())?;
     }
     let opened = opening.finish(options.raw_cluster)?;
-    Ok(Opened { chain: opened.0, report: opened.1 })
+    Ok((Opened { chain: opened.0, report: opened.1 }, None))
 }
 
 fn access(options: &OpenOptions, number: usize, count: usize) -> Access {
     if number + 1 == count { options.access } else { Access::ReadOnly }
 }
 
-fn open_bundle(path: &Path, options: &OpenOptions) -> Result<Opened> {
+fn open_bundle(path: &Path, options: &OpenOptions) -> Result<(Opened, Option<DescriptorLock>)> {
     // Against a command that is changing the bundle. Readers do without: the descriptor is replaced atomically, and
     // they may not be allowed to write to the folder.
-    let _lock = match options.access {
+    let lock = match options.access {
         Access::ReadWrite => Some(DescriptorLock::take(&path.join(DESCRIPTOR_NAME), options.lock_timeout)?),
         Access::ReadOnly => None,
     };
-    let bundle = Bundle::open(path)?;
+    if lock.is_some() {
+        return Ok((open_described(&Bundle::open(path)?, path, options)?, lock));
+    }
+    while_it_stands(path, |bundle| open_described(bundle, path, options)).map(|opened| (opened, None))
+}
+
+/// Opens what the descriptor in the folder `path` names, for a reader, who holds no lock on it: a command may replace it
+/// after it was read and before all images are locked. A file may hold another state by then, so it is read once more.
+pub(super) fn while_it_stands<T>(path: &Path, mut open: impl FnMut(&Bundle) -> Result<T>) -> Result<T> {
+    for _ in 0..READ_TRIES {
+        let bundle = Bundle::open(path)?;
+        let opened = open(&bundle);
+        if Bundle::open(path)?.descriptor == bundle.descriptor {
+            return opened;
+        }
+    }
+    Err(Error::new(ErrorKind::Busy, "open disk: its descriptor changes all the time")
+        .at_path(path.join(DESCRIPTOR_NAME))
+        .advise("wait for the end of the commands that change the disk, then try again"))
+}
+
+pub(super) fn open_described(bundle: &Bundle, path: &Path, options: &OpenOptions) -> Result<Opened> {
     let descriptor = &bundle.descriptor;
     let state = options.snapshot.unwrap_or(descriptor.top_guid());
     let images = descriptor.chain_for(state).map_err(|error| error.at_path(path.join(DESCRIPTOR_NAME)))?;
@@ -274,6 +316,9 @@ fn open_bundle(path: &Path, options: &OpenOptions) -> Result<Opened> {
         .at_path(path)
         .advise("open it read-only, or switch to it first"));
     }
+    if options.access == Access::ReadWrite {
+        bundle.settle(path)?;
+    }
     let raw = descriptor.is_raw();
     let mut opening = Opening::new(options);
     for (number, image) in images.iter().enumerate() {
@@ -285,7 +330,8 @@ fn open_bundle(path: &Path, options: &OpenOptions) -> Result<Opened> {
     report.descriptor = Some(path.join(DESCRIPTOR_NAME));
     report.state = Some(state.to_string());
     let said = descriptor.disk_sectors();
-    if said != chain.geometry().disk_sectors() {
+    // A snapshot may be of another size: what its image says.
+    if state == descriptor.top_guid() && said != chain.geometry().disk_sectors() {
         report.warnings.push(format!(
             "the descriptor says the disk has {said}, its image says {}; the image counts: a resize was probably cut, \
              run it again",
@@ -348,6 +394,9 @@ pub(super) fn lock(options: &OpenOptions) -> Result<Locked> {
 fn lock_bundle(path: PathBuf, options: &OpenOptions) -> Result<Locked> {
     let lock = DescriptorLock::take(&path.join(DESCRIPTOR_NAME), options.lock_timeout)?;
     let bundle = Bundle::open(&path)?;
+    if options.access == Access::ReadWrite {
+        bundle.settle(&path)?;
+    }
     let images = bundle
         .descriptor
         .chain_for(bundle.descriptor.top_guid())

@@ -45,7 +45,12 @@ impl Plan {
     /// The plan of an operation that was cut, if there is one. An unreadable one was never durable: then no file of
     /// it was ever made.
     fn load(folder: &dyn Folder) -> Result<Option<Self>> {
-        let failed = |cause| Error::io(ErrorKind::Read, "plan: read the plan of a cut one", cause);
+        let failed = |cause| {
+            Error::io(ErrorKind::Read, "plan: read the plan of a cut operation", cause).at_path(PLAN_NAME).advise(
+                "it names the files that a conversion or an import has made and not finished; if it stays unreadable, remove \
+                 it, run the command again, and look for files that the descriptor does not name",
+            )
+        };
         let storage = match folder.open(PLAN_NAME, Access::ReadOnly) {
             Ok(storage) => storage,
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -57,7 +62,10 @@ impl Plan {
         let none = Self { new: Vec::new(), old: Vec::new() };
         let plan: Self = serde_json::from_slice(&bytes).unwrap_or(none);
         if plan.new.len() > ENTRIES_MAX || plan.old.len() > ENTRIES_MAX {
-            return Err(Error::new(ErrorKind::Corrupt, "plan: the plan of a cut one names too many files"));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "plan: the plan of a cut operation names too many files",
+            ));
         }
         Ok(Some(plan))
     }

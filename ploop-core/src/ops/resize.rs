@@ -1,15 +1,16 @@
 //! A closed disk gets another size: image (or raw file) and descriptor. File systems and partitions inside are the
 //! caller's: grown afterwards, shrunk before.
 //!
-//! Only the top of a chain changes. The images below it may belong to other disks as well, and may stay smaller: what
-//! they lack reads as zeros. A disk with snapshots cannot be made smaller, for what lies past the new end would come
-//! back with the next growth.
+//! Only the top of a chain changes. The images below it may belong to other disks as well; they keep their sizes, each
+//! snapshot the one that its image says. What a smaller one lacks reads as zeros; what a larger one holds past the end of
+//! the top is hidden by clusters of zeros when the top grows ([`format::sizes`](crate::format::sizes)).
 //!
 //! Steps and recovery are those of section 5 of the crash model ([`device::growing`](crate::device::growing) does those
 //! in the image):
 //!
 //! * larger: move what is in the way, empty the room of the longer table, **the header**, then the descriptor;
-//! * smaller: **the descriptor**, then clear the entries past the end, then the header.
+//! * smaller: **the descriptor**, then clear the entries past the end, then the header; on snapshots the header, then
+//!   the slots of the entries past the end.
 //!
 //! The same command, given again, finishes what was cut. Between header and descriptor the image counts.
 
@@ -22,15 +23,17 @@ use crate::device::growing::{self, Watch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::CLUSTER_SECTORS_DEFAULT;
 use crate::format::{
-    Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Geometry, InUse, Mode, Probe, ResizePlan, Source,
-    probe,
+    Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Geometry, InUse, Mapping, Mode, Probe, ResizePlan,
+    Source, probe, scrub_slots,
 };
 use crate::io::file::{Caching, DirectoryFolder};
 use crate::io::{Access, Allocation, Folder};
-use crate::ops::descriptor_lock::{DescriptorLock, LOCK_TIMEOUT};
+use crate::mutant::{self, Mutant};
+use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
+use crate::ops::image_files::remove_obsolete;
 use crate::ops::open::{self, OpenOptions, Which};
 use crate::ops::progress::Progress;
-use crate::units::{SECTOR_BYTES, Sectors};
+use crate::units::{FileCluster, GuestOffset, SECTOR_BYTES, Sectors};
 
 /// What may happen to what lies past the end of a smaller disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +69,7 @@ impl ResizeOptions {
             disk,
             shrink: Shrink::Refuse,
             raw_cluster: None,
-            lock_timeout: LOCK_TIMEOUT,
+            lock_timeout: lock_timeout(),
         }
     }
 }
@@ -97,13 +100,16 @@ pub struct ResizeReport {
 /// Resizes a closed disk. Fails with `InUse` while it is served, with `Parameter` beyond a limit and where data past the
 /// new end are not accounted for; nothing is changed then.
 pub fn resize(options: &ResizeOptions, progress: &dyn Progress) -> Result<ResizeReport> {
-    let locked = open::lock(&OpenOptions {
+    let mut locked = open::lock(&OpenOptions {
         which: Which::Path(options.path.clone()),
         raw_cluster: options.raw_cluster,
         caching: Caching::Cached,
         lock_timeout: options.lock_timeout,
         ..OpenOptions::new(options.path.clone(), Access::ReadWrite)
     })?;
+    if let Some(bundle) = &mut locked.bundle {
+        remove_obsolete(&bundle.folder, &mut bundle.descriptor)?;
+    }
     let bundle =
         locked.bundle.as_ref().map(|bundle| (&bundle.folder as &dyn Folder, bundle.descriptor.clone()));
     let mut report = resize_files(bundle, &locked.sources, options, progress)?;
@@ -119,7 +125,8 @@ pub fn resize_in(
     options: &ResizeOptions,
     progress: &dyn Progress,
 ) -> Result<ResizeReport> {
-    let descriptor = DiskDescriptor::load(folder, None)?;
+    let mut descriptor = DiskDescriptor::load(folder, None)?;
+    remove_obsolete(folder, &mut descriptor)?;
     let images = descriptor.chain_for(descriptor.top_guid())?;
     let raw = descriptor.is_raw();
     let mut sources = Vec::new();
@@ -137,7 +144,7 @@ pub fn resize_in(
 /// Writes the size of a disk into its descriptor, `path`: the last step for a disk that has grown while it was served.
 /// Nothing is written to one that says so already.
 pub fn record_size(path: &Path, disk: Sectors) -> Result<()> {
-    let _lock = DescriptorLock::take(path, LOCK_TIMEOUT)?;
+    let _lock = DescriptorLock::take(path, lock_timeout())?;
     let folder = DirectoryFolder::open(path.parent().unwrap_or(Path::new(".")))?;
     let mut descriptor = DiskDescriptor::load(&folder, path.parent())?;
     if descriptor.disk_sectors() == disk {
@@ -225,6 +232,9 @@ fn resize_files(
     if top.raw {
         round_length(top)?;
     }
+    if mutant::is_active(Mutant::LargerBeforeImage) {
+        store()?;
+    }
     if wanted.disk_bytes() != before || present.unclean {
         let chain = Chain::open(
             sources.to_vec(),
@@ -240,14 +250,16 @@ fn resize_files(
             if wanted.disk_bytes() < before {
                 account_for_the_rest(&chain, &plan, options.shrink)?;
                 // The commit point of a disk that becomes smaller.
-                store()?;
+                if !mutant::is_active(Mutant::SmallerBeforeDescriptor) {
+                    store()?;
+                }
             }
             Ok(plan)
         });
         let done = match prepared {
             Err(error) => Err(closed_after(&chain, error)),
             // What was not closed is repaired by now.
-            Ok(_) if wanted.disk_bytes() == before => chain.close(),
+            Ok(_) if wanted.disk_bytes() == before => finish_cut(&chain),
             Ok(plan) => {
                 report.moved_clusters = plan.moves.len() as u64;
                 report.freed_clusters = plan.freed.len() as u64;
@@ -283,24 +295,42 @@ fn account_for_the_rest(chain: &Chain, plan: &ResizePlan, shrink: Shrink) -> Res
         return Ok(());
     }
     let top = chain.top();
-    let end = plan.geometry.disk_bytes();
-    let holds_data = if plan.geometry.is_raw() {
-        chain
-            .storage(top)
-            .next_data(end)
-            .map_err(|cause| {
-                Error::io(ErrorKind::Read, "look for data past the new end", cause).at_path(chain.name(top))
-            })?
-            .is_some()
-    } else {
-        !plan.clears.is_empty()
-    };
+    let (end, old_end) = (plan.geometry.disk_bytes(), chain.geometry().disk_bytes());
+    let mut at = end;
+    let mut holds_data = false;
+    while at < old_end && !holds_data {
+        let mapping = chain.map(GuestOffset(at), old_end - at);
+        if let Mapping::Data { delta, offset, len } = mapping {
+            holds_data = match chain.delta_geometry(delta).is_raw() {
+                false => true,
+                true => chain
+                    .storage(delta)
+                    .next_data(offset.0)
+                    .map_err(|cause| {
+                        Error::io(ErrorKind::Read, "look for data past the new end", cause)
+                            .at_path(chain.name(delta))
+                    })?
+                    .is_some_and(|(start, _)| start < offset.0 + len),
+            };
+        }
+        at = at.saturating_add(mapping.len());
+    }
     if !holds_data {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Parameter, format!("the disk holds data past its new end, byte {end}"))
         .at_path(chain.name(top))
         .advise("shrink what is on the disk first; nothing was changed"))
+}
+
+/// Closes an image that has its size already and was not closed: the run that gave it that size may have been cut.
+fn finish_cut(chain: &Chain) -> Result<()> {
+    if chain.top() == 0 {
+        return chain.close();
+    }
+    let failed = |error: Error| error.at_path(chain.name(chain.top()));
+    scrub_slots(&**chain.storage(chain.top()), chain.geometry()).map_err(failed)?;
+    chain.reopened(FileCluster(0))?.close()
 }
 
 /// Closes an image that nothing was done to, after `error`.
@@ -334,7 +364,7 @@ fn change(chain: &Chain, plan: &ResizePlan, progress: &dyn Progress) -> Result<(
 }
 
 /// Gives the blocks of clusters back that no entry names any more. Those at the end of the file go with its tail.
-fn give_back(chain: &Chain, plan: &ResizePlan) -> Result<()> {
+pub(crate) fn give_back(chain: &Chain, plan: &ResizePlan) -> Result<()> {
     let storage = chain.storage(chain.top());
     let mut runs: Vec<(u64, u64)> = Vec::new();
     for &place in &plan.freed {

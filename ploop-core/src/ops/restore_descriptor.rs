@@ -16,7 +16,7 @@ use crate::io::lock::{ImageLock, Ownership};
 use crate::io::{Access, Folder};
 use crate::units::{SECTOR_BYTES, Sectors};
 
-use super::descriptor_lock::{DescriptorLock, LOCK_TIMEOUT};
+use super::descriptor_lock::{DescriptorLock, lock_timeout};
 use super::plan;
 
 /// What to restore.
@@ -43,7 +43,7 @@ impl RestoreOptions {
             base: base.into(),
             raw: false,
             cluster: None,
-            lock_timeout: LOCK_TIMEOUT,
+            lock_timeout: lock_timeout(),
         }
     }
 }

@@ -15,8 +15,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::Geometry;
 use crate::format::{self, DiskDescriptor, Guid, InUse, Transition, create_image};
 use crate::io::{Access, Folder, Storage, ownership};
+use crate::mutant::{self, Mutant};
 use crate::ops::image_files::{check_free, create_file, open_chain, open_image, remove_obsolete, source};
-use crate::ops::merge::OpenBundle;
+use crate::ops::merge::{Asked, OpenBundle, complete_in};
 use crate::ops::progress::Progress;
 use crate::ops::snapshot_delete::delete_temporary;
 
@@ -61,7 +62,12 @@ pub fn snapshot_in(
     progress: &dyn Progress,
 ) -> Result<SnapshotReport> {
     let mut descriptor = DiskDescriptor::load(folder, None)?;
-    remove_obsolete(folder, &mut descriptor)?;
+    match complete_in(folder, &mut descriptor, Asked::Merge, progress) {
+        Ok(_) => {}
+        // Somebody reads what a cut merge writes to: it can wait, as it did until now.
+        Err(error) if error.kind() == ErrorKind::InUse => {}
+        Err(error) => return Err(error),
+    }
     let snapshot = options.snapshot.unwrap_or_else(Guid::random);
     let top_file = descriptor.new_file_name();
     let deleted = delete_temporary(folder, &mut descriptor, progress)?;
@@ -76,9 +82,12 @@ pub fn snapshot_in(
     // Refused before anything changes.
     plan(&descriptor)?;
     check_free(folder, &top_file)?;
+    check_whole(folder, &descriptor)?;
     let (top, geometry) = closed_top(folder, &descriptor)?;
     descriptor.announce(&top_file)?;
-    descriptor.store(folder)?;
+    if !mutant::is_active(Mutant::NotAnnounced) {
+        descriptor.store(folder)?;
+    }
     if let Err(error) = create_top(folder, &top_file, &geometry, &*top) {
         return Err(give_up(folder, &mut descriptor, error));
     }
@@ -86,6 +95,15 @@ pub fn snapshot_in(
     next.store(folder)?;
     let file = next.image(snapshot).map(|image| image.file().to_owned()).unwrap_or_default();
     Ok(SnapshotReport { snapshot, file, top_file, deleted })
+}
+
+/// A disk that cannot be read has no state worth keeping: every image of it is there, and they fit on each other.
+fn check_whole(folder: &dyn Folder, descriptor: &DiskDescriptor) -> Result<()> {
+    let mut sources = Vec::new();
+    for image in descriptor.chain_for(descriptor.top_guid())? {
+        sources.push(source(descriptor, image, open_image(folder, image.file(), Access::ReadOnly)?));
+    }
+    open_chain(descriptor, sources, Access::ReadOnly).map(drop)
 }
 
 /// Removes what an operation that failed before its commit has announced.
@@ -112,6 +130,9 @@ pub(crate) fn create_top(
     })?;
     create_image(&*storage, &format::CreateOptions { geometry: geometry.for_child()?, preallocated: false })
         .map_err(|error| error.at_path(file))?;
+    if mutant::is_active(Mutant::NewNameUnsynced) {
+        return Ok(());
+    }
     folder.sync().map_err(|error| Error::io(ErrorKind::Sync, "make image: sync the folder", error))
 }
 

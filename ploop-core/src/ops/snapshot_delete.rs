@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskDescriptor, Guid, Image, Transition};
 use crate::io::{Access, Folder, Storage};
-use crate::ops::image_files::{is_shared, open_chain, open_image, remove_obsolete, source};
-use crate::ops::merge::{MergeReport, OpenBundle, Wins, complete_in, merge_range};
+use crate::ops::image_files::{is_shared, open_chain, open_image, remove_early, remove_obsolete, source};
+use crate::ops::merge::{Asked, MergeReport, OpenBundle, Wins, complete_in, merge_range};
 use crate::ops::progress::Progress;
 use crate::units::Sectors;
 
@@ -62,13 +62,21 @@ pub fn delete_in(
     let mut descriptor = DiskDescriptor::load(folder, None)?;
     // What this very command committed before it was cut.
     let already = descriptor.has_removed(snapshot);
-    let completed = complete_in(folder, &mut descriptor, progress)?;
+    let completed = complete_in(folder, &mut descriptor, Asked::Delete, progress)?;
     let merged = completed.into_iter().find(|report| report.merged.contains(&snapshot));
     if merged.is_some() || already {
         return Ok(DeleteReport { snapshot, merged, marked: false });
     }
+    let mut gone = vec![snapshot];
+    if snapshot == descriptor.top_guid() {
+        gone.extend(descriptor.shot(snapshot).map(|shot| shot.parent()));
+    }
     let report = delete_one(folder, &mut descriptor, snapshot, progress)?;
-    delete_temporary(folder, &mut descriptor, progress)?;
+    if !report.marked {
+        delete_marked(folder, &mut descriptor, &gone, progress)?;
+    } else {
+        delete_temporary(folder, &mut descriptor, progress)?;
+    }
     Ok(report)
 }
 
@@ -96,7 +104,8 @@ fn delete_one(
             Ok(report)
         }
         &[child] => {
-            let merged = merge_range(folder, descriptor, snapshot, child, Wins::Source, progress)?;
+            let merged =
+                merge_range(folder, descriptor, (snapshot, child), (Wins::Source, Asked::Delete), progress)?;
             Ok(DeleteReport { merged: Some(merged), ..report })
         }
         _ => {
@@ -145,6 +154,7 @@ fn remove_leaf(
 ) -> Result<()> {
     // Held until the file is gone: whoever has it open keeps it.
     let _held = hold_to_remove(folder, descriptor.image(snapshot))?;
+    remove_early(folder, &next);
     next.store(folder)?;
     *descriptor = next;
     remove_obsolete(folder, descriptor)
@@ -163,6 +173,17 @@ pub(crate) fn delete_temporary(
     descriptor: &mut DiskDescriptor,
     progress: &dyn Progress,
 ) -> Result<Vec<Guid>> {
+    delete_marked(folder, descriptor, &[], progress)
+}
+
+/// As [`delete_temporary`], for an operation that has removed the states `gone` and would not find them again if it was
+/// cut now and run once more.
+fn delete_marked(
+    folder: &dyn Folder,
+    descriptor: &mut DiskDescriptor,
+    gone: &[Guid],
+    progress: &dyn Progress,
+) -> Result<Vec<Guid>> {
     let marked: Vec<Guid> = descriptor
         .shots()
         .iter()
@@ -174,6 +195,7 @@ pub(crate) fn delete_temporary(
         if descriptor.children(snapshot).count() > 1 {
             continue;
         }
+        descriptor.remember_gone(gone);
         match delete_one(folder, descriptor, snapshot, progress) {
             Ok(_) => deleted.push(snapshot),
             // In use: later. A base, or one with a marked state below, cannot go by itself.

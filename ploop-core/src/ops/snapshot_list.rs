@@ -7,9 +7,10 @@ use std::time::UNIX_EPOCH;
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DESCRIPTOR_NAME, Guid};
+use crate::format::{DESCRIPTOR_NAME, Guid, Probe, probe};
 use crate::io::file;
 use crate::io::{Access, Storage};
+use crate::ops::image_files::is_raw;
 use crate::ops::open::{Bundle, Place, place, real_path};
 
 /// One state of the disk.
@@ -27,6 +28,8 @@ pub struct SnapshotEntry {
     pub transition: Option<&'static str>,
     /// How many images its chain has, itself among them; none if the chain is broken.
     pub depth: Option<usize>,
+    /// Size of the disk in this state, in bytes; none if its image cannot be read.
+    pub disk_bytes: Option<u64>,
     /// Length of the image file in bytes; none if it cannot be opened.
     pub file_bytes: Option<u64>,
     /// What the file takes on the host, in bytes.
@@ -72,6 +75,7 @@ pub fn snapshot_list(path: &Path) -> Result<SnapshotList> {
             fname: real.join(image.file()),
             transition: shot.transition().map(|transition| transition.name()),
             depth: descriptor.chain_for(guid).ok().map(|chain| chain.len()),
+            disk_bytes: storage.as_ref().and_then(|storage| disk_bytes(storage, is_raw(descriptor, guid))),
             file_bytes: metadata.as_ref().map(|metadata| metadata.len()),
             host_bytes: storage.as_ref().and_then(|storage| storage.allocated_bytes().ok()),
             modified_unix_seconds: metadata
@@ -83,6 +87,17 @@ pub fn snapshot_list(path: &Path) -> Result<SnapshotList> {
         });
     }
     Ok(SnapshotList { descriptor: real.join(DESCRIPTOR_NAME), states })
+}
+
+/// The size that an image gives its state.
+fn disk_bytes(storage: &dyn Storage, raw: bool) -> Option<u64> {
+    if raw {
+        return storage.len().ok();
+    }
+    match probe(storage) {
+        Ok(Probe::Image(header)) => Some(header.geometry().disk_bytes()),
+        _ => None,
+    }
 }
 
 impl SnapshotList {

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskDescriptor, Guid};
 use crate::io::{Access, Folder};
-use crate::ops::image_files::{check_free, open_chain, open_image, remove_obsolete, source};
-use crate::ops::merge::{OpenBundle, complete_in};
+use crate::ops::image_files::{check_free, open_chain, open_image, remove_early, remove_obsolete, source};
+use crate::ops::merge::{Asked, OpenBundle, complete_in};
 use crate::ops::progress::Progress;
 use crate::ops::snapshot::{closed_top, create_top, give_up};
 use crate::ops::snapshot_delete::hold_to_remove;
@@ -58,7 +58,7 @@ pub fn switch_in(
     progress: &dyn Progress,
 ) -> Result<SwitchReport> {
     let mut descriptor = DiskDescriptor::load(folder, None)?;
-    complete_in(folder, &mut descriptor, progress)?;
+    complete_in(folder, &mut descriptor, Asked::Merge, progress)?;
     let top_file = descriptor.new_file_name();
     let old_file = descriptor.image(descriptor.top_guid()).map(|image| image.file().to_owned());
     let plan = |descriptor: &DiskDescriptor| {
@@ -91,6 +91,7 @@ pub fn switch_in(
         // The snapshot is of another size: the disk has that again.
         next.set_disk_sectors(geometry.disk_sectors())?;
     }
+    remove_early(folder, &next);
     next.store(folder)?;
     remove_obsolete(folder, &mut next)?;
     Ok(SwitchReport {

@@ -39,6 +39,9 @@ pub(crate) struct Judge {
     pub(crate) recoveries: u64,
     pub(crate) second_crashes: u64,
     pub(crate) crash_points: u64,
+    /// Distinct states in which a sector could not be read, and those of them that were rightly refused.
+    pub(crate) unreadable: u64,
+    pub(crate) refused: u64,
     states_max: u64,
     seen: Arc<Seen>,
     /// One state in this many is also repaired, used and closed.
@@ -58,6 +61,8 @@ impl Judge {
             recoveries: 0,
             second_crashes: 0,
             crash_points: 0,
+            unreadable: 0,
+            refused: 0,
             states_max,
             seen: Arc::default(),
             recover_one_in: 6,
@@ -141,8 +146,20 @@ impl Judge {
         model: &Model,
         number: u64,
     ) -> Result<(), String> {
+        let is_unreadable = state.has_unreadable();
         let disk = state.into_disk(number);
         let depth = setting.parents + 1;
+        if is_unreadable {
+            if u64::from(setting.alignment) > SECTOR as u64 {
+                // Such a host loses a whole unit of its own, with what was written beside; here it is one sector.
+                return Ok(());
+            }
+            self.unreadable += 1;
+            if is_rightly_refused(&disk, setting)? {
+                self.refused += 1;
+                return Ok(());
+            }
+        }
         let found = judge_world(&disk, depth, |values, closed| model.check(values, closed))?;
         if number.is_multiple_of(self.recover_one_in) {
             self.recoveries += 1;
@@ -251,6 +268,40 @@ fn choose(chain: &Arc<Chain>) -> Vec<GuestCluster> {
     let all = || (0..chain.geometry().entries()).map(GuestCluster);
     let held = |cluster: &GuestCluster| chain.held_at(chain.top(), *cluster).is_some();
     all().find(held).into_iter().chain(all().rev().find(|cluster| !held(cluster))).collect()
+}
+
+/// A sector of the header or of the table cannot be read: nobody may guess what it held. Opening the disk, for reading
+/// or for writing, must say so and leave everything as it is. False if the image opens, and is to be judged as any.
+fn is_rightly_refused(disk: &SimDisk, setting: &Setting) -> Result<bool, String> {
+    let depth = setting.parents + 1;
+    if !world::has_lost_metadata(disk, setting.geometry().data_start().0) {
+        return Ok(false);
+    }
+    let mut refused = Vec::new();
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let before = disk.trace().len();
+        match world::try_open(disk, depth, access) {
+            // Room of the table that no entry lies in, or that is written anew.
+            Ok(chain) => {
+                drop(chain);
+                refused.push(false);
+            }
+            Err(error) if !world::is_input_error(&error) => {
+                return Err(format!("a lost sector of the table: {}", world::describe(&error)));
+            }
+            Err(error) if !error.to_string().contains("delta") => {
+                return Err(format!("the error names no file: {}", world::describe(&error)));
+            }
+            Err(_) if disk.trace().len() != before => {
+                return Err("an image that was refused was changed".to_owned());
+            }
+            Err(_) => refused.push(true),
+        }
+    }
+    if refused[0] != refused[1] {
+        return Err("a lost sector of the table is seen by readers or by writers alone".to_owned());
+    }
+    Ok(refused[0])
 }
 
 /// Opens a world for reading: the table must be sound and `check` agree with the values, which are returned.

@@ -470,8 +470,14 @@ fn report(name: &str, judge: &Judge, result: Result<(), String>) {
     counting::count(
         name,
         &format!(
-            "{} distinct states at {} crash points, {} recoveries, {} second crashes",
-            judge.states, judge.crash_points, judge.recoveries, judge.second_crashes
+            "{} distinct states at {} crash points, {} recoveries, {} second crashes, {} with an unreadable sector, {} \
+             of them refused",
+            judge.states,
+            judge.crash_points,
+            judge.recoveries,
+            judge.second_crashes,
+            judge.unreadable,
+            judge.refused
         ),
     );
     if let Err(violation) = result {

@@ -2,7 +2,7 @@
 
 use ploop_core::io::sim::Random;
 
-use crate::pattern::stamp;
+use crate::pattern::{UNREADABLE, stamp};
 
 /// What one write left in the history of a sector.
 #[derive(Clone, Copy)]
@@ -96,6 +96,16 @@ impl Model {
     /// Whether `found` may be read after a crash now (G2). `says_closed`: the header claims a clean close (I6).
     pub(crate) fn check(&self, found: &[u64], says_closed: bool) -> Result<(), String> {
         for (sector, (&value, history)) in found.iter().zip(&self.sectors).enumerate() {
+            if value == UNREADABLE {
+                // Only what was written and not made durable may be lost (T2), and never under a header that vouches.
+                if history.len() < 2 {
+                    return Err(format!("sector {sector} cannot be read, though nothing was written to it"));
+                }
+                if says_closed {
+                    return Err(format!("the header says \"closed\", but sector {sector} cannot be read"));
+                }
+                continue;
+            }
             if !history.iter().any(|entry| entry.value == value) {
                 let allowed: Vec<String> = history.iter().map(|entry| name(entry.value)).collect();
                 return Err(format!(
@@ -142,4 +152,8 @@ fn a_flush_covers_what_was_answered_before_it_was_submitted() {
     assert!(model.check(&[stamp(2, 0)], true).is_err(), "it is not closed");
     model.begin_close();
     assert!(model.check(&[stamp(2, 0)], true).is_ok() && model.check(&[stamp(1, 0)], true).is_err());
+    let mut model = Model::new(&[0]);
+    assert!(model.check(&[UNREADABLE], false).is_err(), "only what was being written may be unreadable");
+    write(&mut model, 3);
+    assert!(model.check(&[UNREADABLE], false).is_ok() && model.check(&[UNREADABLE], true).is_err());
 }

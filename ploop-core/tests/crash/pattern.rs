@@ -9,6 +9,9 @@ pub(crate) fn stamp(operation: u64, sector: u64) -> u64 {
     (operation + 1) << 16 | sector
 }
 
+/// The value of a sector that cannot be read: nobody writes it.
+pub(crate) const UNREADABLE: u64 = u64::MAX;
+
 /// The bytes of a value.
 pub(crate) fn fill(buffer: &mut [u8], first_sector: u64, value: impl Fn(u64) -> u64) {
     for (sector, bytes) in (first_sector..).zip(buffer.chunks_exact_mut(SECTOR)) {

@@ -1,10 +1,11 @@
 //! Reads images and chains as a judge does: without changing anything.
 
 use ploop_core::format::{Chain, InUse, Mapping, examine};
+use ploop_core::io::sim::SimDisk;
 use ploop_core::io::{Storage, StorageExt};
 use ploop_core::units::{GuestCluster, GuestOffset};
 
-use crate::pattern::values;
+use crate::pattern::{SECTOR, UNREADABLE, values};
 
 /// An error with its causes.
 pub(crate) fn describe(error: &dyn std::error::Error) -> String {
@@ -17,25 +18,65 @@ pub(crate) fn describe(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The value of every sector, as the table in memory has it.
+/// Whether somebody could not read a sector.
+pub(crate) fn is_input_error(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let number = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        if number == Some(libc::EIO) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// Whether one of the sectors that cannot be read lies in the first `metadata_bytes` of a file, or in one that has
+/// nothing but metadata.
+pub(crate) fn has_lost_metadata(disk: &SimDisk, metadata_bytes: u64) -> bool {
+    let is_metadata = |(name, sector): &(String, u64)| {
+        name.starts_with("DiskDescriptor") || sector * (SECTOR as u64) < metadata_bytes
+    };
+    disk.unreadable_sectors().iter().any(is_metadata)
+}
+
+/// The value of every sector, as the table in memory has it; [`UNREADABLE`] for those that cannot be read.
 pub(crate) fn read_all(chain: &Chain) -> Result<Vec<u64>, String> {
     let end = chain.geometry().disk_bytes();
     let mut bytes = vec![0; end as usize];
+    let mut lost = Vec::new();
     let mut at = 0;
     while at < end {
         at += match chain.map(GuestOffset(at), end - at) {
             Mapping::Zero { len } => len,
             Mapping::Data { delta, offset, len } => {
                 let target = &mut bytes[at as usize..(at + len) as usize];
-                chain
-                    .storage(delta)
-                    .read_exact_at(offset.0, target)
-                    .map_err(|error| format!("read guest byte {at} at {offset} of delta {delta}: {error}"))?;
+                let storage = chain.storage(delta);
+                let failed = |error| format!("read guest byte {at} at {offset} of delta {delta}: {error}");
+                match storage.read_exact_at(offset.0, target) {
+                    Err(error) if error.raw_os_error() == Some(libc::EIO) => {
+                        for (number, bytes) in target.chunks_mut(SECTOR).enumerate() {
+                            let place = offset.0 + (number * SECTOR) as u64;
+                            match storage.read_exact_at(place, bytes) {
+                                Err(error) if error.raw_os_error() == Some(libc::EIO) => {
+                                    bytes.fill(0);
+                                    lost.push(at as usize / SECTOR + number);
+                                }
+                                other => other.map_err(failed)?,
+                            }
+                        }
+                    }
+                    other => other.map_err(failed)?,
+                }
                 len
             }
         };
     }
-    values(&bytes, 0)
+    let mut values = values(&bytes, 0)?;
+    for sector in lost {
+        values[sector] = UNREADABLE;
+    }
+    Ok(values)
 }
 
 /// Sound table, as the invariants I1 and I2 demand of every durable state; whether the header says "closed".

@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
+use ploop_core::error::ErrorKind;
 use ploop_core::format::{Chain, ChainOptions, CreateOptions, Geometry, Source, Version, create_image};
 use ploop_core::io::sim::SimDisk;
 use ploop_core::io::{Access, Alignment, Folder};
 use ploop_core::units::Sectors;
 
 use crate::pattern::SECTOR;
-pub(crate) use crate::reading::{check_length, check_table, describe, read_all};
+pub(crate) use crate::reading::{
+    check_length, check_table, describe, has_lost_metadata, is_input_error, read_all,
+};
 
 /// The smallest legal cluster: state spaces stay small.
 pub(crate) const CLUSTER_SECTORS: u64 = 64;
@@ -56,15 +59,26 @@ pub(crate) fn create(setting: &Setting, seed: u64) -> SimDisk {
 
 /// Opens the first `depth` files of a host as a chain; the last is the top.
 pub(crate) fn open(disk: &SimDisk, depth: usize, access: Access) -> Result<Arc<Chain>, String> {
+    try_open(disk, depth, access).map_err(|error| describe(&error))
+}
+
+/// As [`open`], with the error itself.
+pub(crate) fn try_open(
+    disk: &SimDisk,
+    depth: usize,
+    access: Access,
+) -> Result<Arc<Chain>, ploop_core::Error> {
     let source = |delta: usize| {
         let name = file_name(delta);
         let access = if delta + 1 == depth { access } else { Access::ReadOnly };
-        let storage = disk.open(&name, access).map_err(|error| format!("open {name}: {error}"))?;
+        let storage = disk
+            .open(&name, access)
+            .map_err(|error| ploop_core::Error::io(ErrorKind::Open, "open an image", error).at_path(&name))?;
         Ok(Source { name: name.into(), storage: Arc::new(storage), raw: false })
     };
-    let sources = (0..depth).map(source).collect::<Result<Vec<_>, String>>()?;
+    let sources = (0..depth).map(source).collect::<Result<Vec<_>, ploop_core::Error>>()?;
     let options = ChainOptions { access, raw_cluster: None, accept_in_use: false };
-    Chain::open(sources, &options).map_err(|error| describe(&error))
+    Chain::open(sources, &options)
 }
 
 /// Bytes of a run of sectors.

@@ -7,7 +7,7 @@ use ploop_core::ops::compact::{CompactOptions, compact_in};
 use ploop_core::ops::progress::Silent;
 
 use crate::bundle::{Bundle, Shape};
-use crate::harness::{Case, explore, survives};
+use crate::harness::{Case, hunt, survives};
 
 fn case(name: &str, start: Bundle) -> Case {
     let compact = |folder: &dyn Folder| -> Result<(), Error> {
@@ -27,9 +27,12 @@ fn compacting_survives_every_crash() {
 
 #[test]
 fn mutants_are_found() {
-    for mutant in [Mutant::StaleHeaderSector, Mutant::TableBeforeContentSync, Mutant::NoContentSync] {
-        let shape = Shape::of(1).holed();
-        let found = explore(&case("broken", shape.bundle()).breaking(mutant));
-        println!("{mutant:?}: {}", found.expect_err("the mutant was not found"));
-    }
+    let broken = [
+        Mutant::StaleHeaderSector,
+        Mutant::TableBeforeContentSync,
+        Mutant::NoContentSync,
+        Mutant::CutBeforeTableSync,
+    ];
+    let case = || case("broken", Shape::of(1).holed().bundle());
+    hunt("compacting", broken.into_iter().map(|mutant| (mutant, case())).collect());
 }

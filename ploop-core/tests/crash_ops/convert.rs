@@ -14,7 +14,7 @@ use ploop_core::ops::restore_descriptor::{RestoreOptions, restore_descriptor_in}
 use ploop_core::units::Sectors;
 
 use crate::bundle::{Bundle, CLUSTER_SECTORS, Shape, View};
-use crate::harness::{Case, explore, survives};
+use crate::harness::{Case, hunt, survives};
 use crate::pattern::{SECTOR, fill, stamp};
 
 fn converting(shape: Shape, options: &ConvertOptions) -> Case {
@@ -46,11 +46,9 @@ fn converting_survives_every_crash() {
 
 #[test]
 fn mutants_of_converting_are_found() {
-    for mutant in [Mutant::RenameUnsyncedFile, Mutant::RenameWithoutFolderSync] {
-        let case = converting(Shape::of(1), &asked(Some(Mode::Raw), None, None));
-        let found = explore(&case.breaking(mutant));
-        println!("{mutant:?}: {}", found.expect_err("the mutant was not found"));
-    }
+    let broken = [Mutant::RenameUnsyncedFile, Mutant::RenameWithoutFolderSync, Mutant::ConvertUnplanned];
+    let case = || converting(Shape::of(1), &asked(Some(Mode::Raw), None, None));
+    hunt("converting", broken.into_iter().map(|mutant| (mutant, case())).collect());
 }
 
 const SECTORS: u64 = 5 * CLUSTER_SECTORS;

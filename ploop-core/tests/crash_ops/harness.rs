@@ -5,7 +5,9 @@
 //! 2. **Cut.** After each of its operations on the host, the states that a power loss may leave (level C2) are listed.
 //!    In each: the bundle is sound and reads as the case expects; now and then the disk is opened for writing (which
 //!    repairs), which must change nothing a guest reads; the operation is run again and must end in the final state;
-//!    now and then that second run is cut as well (R9), and run a third time.
+//!    now and then that second run is cut as well (R9), and run a third time. In further states a sector that was being
+//!    written cannot be read (C3): unless it belongs to a header or table that the bundle needs, nothing else may be
+//!    wrong; else the operation must say so.
 //! 3. **Failing.** Each call fails, number by number: EIO and ENOSPC, once and for ever, and syncs that forget what they
 //!    should have made durable (R7); the host is full at every size. The operation must say so, without a panic, and what
 //!    is left is judged as after a crash; with the host well again, the operation ends in the final state.
@@ -14,13 +16,14 @@ use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ploop_core::error::Error;
-use ploop_core::format::{DiskDescriptor, Guid, examine};
+use ploop_core::format::{DiskDescriptor, Guid, Image, examine};
 use ploop_core::io::sim::{Call, CrashLevel, CrashOptions, Fault, Random, SimDisk, Snapshot};
 use ploop_core::io::{Access, Folder};
 use ploop_core::mutant::{Mutant, activate};
 
-use crate::bundle::{Bundle, View, open_state, unchanged, unnamed};
-use crate::reading::{check_length, describe, read_all};
+use crate::bundle::{Bundle, CLUSTER_SECTORS, View, open_state, unchanged, unnamed};
+use crate::counting::count;
+use crate::reading::{check_length, describe, is_input_error, read_all};
 
 type Operation = Box<dyn Fn(&dyn Folder) -> Result<(), Error>>;
 type Expectation = Box<dyn Fn(&View, &View) -> Result<(), String>>;
@@ -37,6 +40,8 @@ pub(crate) struct Case {
     ignores: Vec<Call>,
     mutant: Option<Mutant>,
     reopens: bool,
+    writes_in_place: bool,
+    lives_on_lies: bool,
 }
 
 impl Case {
@@ -56,7 +61,15 @@ impl Case {
             ignores: Vec::new(),
             mutant: None,
             reopens: true,
+            writes_in_place: false,
+            lives_on_lies: false,
         }
+    }
+
+    /// It also overwrites what a guest reads: no sector that it was writing is made unreadable.
+    pub(crate) fn writing_in_place(mut self) -> Self {
+        self.writes_in_place = true;
+        self
     }
 
     /// How to judge what is found in between (second argument) against what was there before (first).
@@ -86,6 +99,13 @@ impl Case {
     /// What a crash leaves is not opened for writing: the operation forbids it until it has been finished.
     pub(crate) fn without_reopening(mut self) -> Self {
         self.reopens = false;
+        self
+    }
+
+    /// After a sync that failed and forgot what was written, the same host, whose page cache still shows it, runs the
+    /// operation again; what that run calls done is durable.
+    pub(crate) fn living_on_lies(mut self) -> Self {
+        self.lives_on_lies = true;
         self
     }
 
@@ -119,6 +139,8 @@ pub(crate) struct Tally {
     pub(crate) second_crashes: u64,
     /// Calls that failed.
     pub(crate) faults: u64,
+    /// States in which a sector could not be read.
+    pub(crate) unreadable: u64,
 }
 
 fn states_max() -> u64 {
@@ -130,18 +152,34 @@ pub(crate) fn survives(case: &Case) -> Tally {
     match explore(case) {
         Ok(tally) => {
             println!(
-                "{}: {} distinct states at {} crash points, {} runs again, {} second crashes, {} faults",
+                "{}: {} distinct states at {} crash points, {} runs again, {} second crashes, {} faults, {} with an \
+                 unreadable sector",
                 case.name,
                 tally.states,
                 tally.crash_points,
                 tally.runs_again,
                 tally.second_crashes,
-                tally.faults
+                tally.faults,
+                tally.unreadable
             );
             tally
         }
         Err(violation) => panic!("{}: {violation}", case.name),
     }
+}
+
+/// Breaks a rule in each case: all of them have to be found. Says how.
+pub(crate) fn hunt(name: &str, cases: Vec<(Mutant, Case)>) {
+    let all = cases.len();
+    let mut survivors = Vec::new();
+    for (mutant, case) in cases {
+        match explore(&case.breaking(mutant)) {
+            Ok(_) => survivors.push(mutant),
+            Err(violation) => println!("{mutant:?}: {violation}\n"),
+        }
+    }
+    count(&format!("mutants of {name}"), &format!("{} of {all} found", all - survivors.len()));
+    assert!(survivors.is_empty(), "not found: {survivors:?}");
 }
 
 /// Does all of it; the first violation.
@@ -151,6 +189,9 @@ pub(crate) fn explore(case: &Case) -> Result<Tally, String> {
     exploration.fail_everywhere()?;
     Ok(exploration.tally)
 }
+
+/// What a conversion leaves of itself when it is cut.
+const PLAN_NAME: &str = "DiskDescriptor.xml.plan";
 
 struct Exploration<'a> {
     case: &'a Case,
@@ -227,8 +268,66 @@ impl<'a> Exploration<'a> {
                 let disk = state.into_disk(number);
                 self.judge(&disk).map_err(|why| format!("{why}\n  {what}"))?;
             }
+            for state in snapshot.unreadable_states(&options(1, 1, number)) {
+                // What is overwritten in place may become unreadable, with no harm but its own.
+                if self.case.writes_in_place {
+                    break;
+                }
+                if !state.has_unreadable() || !self.seen.insert(state.hash()) {
+                    continue;
+                }
+                self.tally.unreadable += 1;
+                let what = format!("crash after {:?}: {state}", snapshot.after());
+                let disk = state.into_disk(number);
+                self.judge_unreadable(&disk).map_err(|why| {
+                    format!("with the unreadable sectors {:?}: {why}\n  {what}", disk.unreadable_sectors())
+                })?;
+            }
         }
         Ok(())
+    }
+
+    /// A sector cannot be read that was being written. Only the header and the table of an image that the descriptor names
+    /// may be missed, and then everybody says so: nobody can know what they held.
+    fn judge_unreadable(&mut self, disk: &SimDisk) -> Result<(), String> {
+        let lost = disk.unreadable_sectors();
+        if lost.iter().any(|(name, _)| name == PLAN_NAME) {
+            self.judge_view(disk)?;
+            // What it said may be needed, for it may have been durable: people are told, and decide.
+            match self.case.run(disk)? {
+                Ok(()) => return self.check_end(disk),
+                Err(error) if is_input_error(&error) && error.advice().is_some() => {}
+                Err(error) => return Err(format!("a lost plan: {}", describe(&error))),
+            }
+            disk.folder().unlink(PLAN_NAME).map_err(|error| error.to_string())?;
+            return self.run_again(disk, false);
+        }
+        let Ok(descriptor) = DiskDescriptor::load(&disk.folder(), None) else {
+            return self.judge(disk);
+        };
+        let is_raw_base = |image: &Image| {
+            descriptor.is_raw()
+                && descriptor.shot(image.guid()).is_some_and(|shot| shot.parent() == Guid::NONE)
+        };
+        let missed = descriptor.images().iter().any(|image| {
+            !is_raw_base(image)
+                && lost.iter().any(|(name, sector)| name == image.file() && *sector < CLUSTER_SECTORS)
+        });
+        if !missed || View::read(&disk.folder()).is_ok() {
+            return self.judge(disk);
+        }
+        match self.case.run(disk)? {
+            // It had no need of what cannot be read, or has written it anew.
+            Ok(()) => {}
+            Err(error) if !is_input_error(&error) => {
+                return Err(format!("a lost sector of a table: {}", describe(&error)));
+            }
+            Err(error) if !error.to_string().contains(".hds") => {
+                return Err(format!("the error names no file: {}", describe(&error)));
+            }
+            Err(_) => {}
+        }
+        DiskDescriptor::load(&disk.folder(), None).map(drop).map_err(|error| describe(&error))
     }
 
     /// The state of a host after a crash.
@@ -304,7 +403,8 @@ impl<'a> Exploration<'a> {
                 if call == Call::Sync {
                     let fault = Fault::once(call, libc::EIO).after(number).dropping_data();
                     let what = format!("sync number {number} fails and forgets what was written");
-                    self.fail(call, fault, false, false).map_err(|why| format!("{why}\n  {what}"))?;
+                    self.fail(call, fault, false, self.case.lives_on_lies)
+                        .map_err(|why| format!("{why}\n  {what}"))?;
                 }
             }
         }
@@ -351,6 +451,13 @@ impl<'a> Exploration<'a> {
         }
         if lives_on {
             self.run_again(&disk, false).map_err(|why| format!("after the failure: {why}"))?;
+            let states = disk.snapshot().crash_states(&options(4, 1, 0));
+            for state in states.into_iter().filter(|_| self.case.lives_on_lies) {
+                let what = state.to_string();
+                self.check_end(&state.into_disk(19)).map_err(|why| {
+                    format!("after the failure, done was said, but a crash takes it back: {why}\n  {what}")
+                })?;
+            }
         }
         Ok(())
     }

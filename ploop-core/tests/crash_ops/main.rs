@@ -66,6 +66,7 @@ mod bundle;
 mod harness;
 
 mod check;
+mod commands;
 mod compact;
 mod convert;
 mod create;
@@ -75,4 +76,7 @@ mod live;
 mod repair;
 mod resize;
 mod running;
+mod settling;
+mod sizes;
 mod snapshots;
+mod threads;

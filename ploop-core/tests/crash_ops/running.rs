@@ -1,6 +1,7 @@
 //! Long lives of running disks against a model: a guest writes, discards, flushes and reads, also between the pieces of a
-//! merge; snapshots are made and deleted, merges are cancelled and done again, and the power goes in the middle of
-//! commands. The model is one list of sectors for each snapshot, and for the current state all values that each sector may have
+//! merge; snapshots, also temporary ones, are made and deleted in all places of the tree, merges are cancelled and done
+//! again, and the power goes in the middle of commands, or the server dies. While the disk is closed anything is done to it
+//! that can be (`commands.rs`): switches make branches of which some are deleted while it runs. The model is one list of sectors for each snapshot, and for the current state all values that each sector may have
 //! after a loss of power: the one last made durable and those written since.
 //!
 //! `PLOOP_RUNNING_LIVES` says how many lives (default 150), `SEED` picks one.
@@ -11,13 +12,16 @@ use std::sync::{Arc, Mutex};
 use ploop_core::device::{Client, Disk, DiskOptions};
 use ploop_core::error::{Error, ErrorKind};
 use ploop_core::extent::Extent;
-use ploop_core::format::{DiskDescriptor, Guid};
+use ploop_core::format::{DiskDescriptor, Guid, Transition};
 use ploop_core::io::Access;
 use ploop_core::io::sim::{CrashLevel, CrashOptions, Random, SimDisk};
 use ploop_core::ops::Progress;
-use ploop_core::ops::live::{DeleteOptions, NoWriters, SnapshotOptions, delete, snapshot};
+use ploop_core::ops::live::{
+    DeleteOptions, MergeNewOptions, NoWriters, SnapshotOptions, delete, merge_new, snapshot,
+};
 
 use crate::bundle::{CLUSTER_SECTORS, Shape, View, guid, open_state, unnamed};
+use crate::commands::{Model, repair};
 use crate::counting::count;
 use crate::live::Simulated;
 use crate::pattern::{SECTOR, fill, stamp, values};
@@ -152,12 +156,23 @@ impl Progress for Meanwhile<'_> {
     }
 }
 
+/// What a command did.
+#[derive(Clone, Copy)]
+enum Done {
+    Made(Guid),
+    Removed(Guid),
+    /// Marked, cancelled or not possible just now.
+    Nothing,
+}
+
 struct Life {
     random: Random,
     /// Content of each snapshot.
     snapshots: BTreeMap<Guid, Vec<u64>>,
     /// A merge that was begun: what it was cannot be read any more.
     merging: Option<Guid>,
+    /// Those that go as soon as they can.
+    temporary: BTreeSet<Guid>,
     history: Vec<String>,
     losses: u64,
     commands: u64,
@@ -169,16 +184,18 @@ impl Life {
         let view = View::read(&host.folder())?;
         for (guid, sectors) in &self.snapshots {
             let Some(found) = view.states.get(guid) else {
-                if changing == Some(*guid) {
+                if changing == Some(*guid) || self.temporary.contains(guid) {
                     continue;
                 }
                 return Err(format!("the snapshot {guid} is gone"));
             };
-            let may_be_merging = changing == Some(*guid) || self.merging == Some(*guid);
-            if found.transition.is_some() && may_be_merging {
+            let is_temporary = self.temporary.contains(guid);
+            let may_be_merging = changing == Some(*guid) || self.merging == Some(*guid) || is_temporary;
+            if found.transition.is_some_and(|transition| !transition.is_readable()) && may_be_merging {
                 continue;
             }
-            if found.transition.is_some() || found.sectors != *sectors {
+            let may_be_marked = is_temporary || changing == Some(*guid);
+            if found.transition.is_some() && !may_be_marked || found.sectors != *sectors {
                 return Err(format!("the snapshot {guid} changed ({:?})", found.transition));
             }
         }
@@ -208,54 +225,130 @@ impl Life {
         Ok(view)
     }
 
-    /// A command on the running disk: the snapshot it concerns, and whether it came to its end.
+    /// A command on the running disk; first the snapshot that it concerns.
     fn command(
         &mut self,
         host: &SimDisk,
         guest: &mut Guest,
         next: &mut usize,
-    ) -> Result<Option<Guid>, String> {
+    ) -> Result<(Guid, Done), String> {
         self.commands += 1;
         let folder = host.folder();
         let bundle = Simulated(&folder);
         let disk = guest.disk();
-        let descriptor = DiskDescriptor::load(&folder, None).map_err(told)?;
-        let deletable: Vec<Guid> =
-            self.snapshots.keys().copied().filter(|&guid| descriptor.children(guid).count() <= 1).collect();
+        let all: Vec<Guid> = self.snapshots.keys().copied().collect();
         let makes = self.merging.is_none() || self.random.chance(30);
-        if deletable.is_empty() || (self.snapshots.len() < 6 && makes && self.random.chance(50)) {
+        if all.is_empty() || (all.len() < 6 && makes && self.random.chance(50)) {
             *next += 1;
             let name = guid(*next);
-            self.history.push(format!("snapshot {name}"));
-            let options = SnapshotOptions { snapshot: Some(name), ..SnapshotOptions::default() };
+            let temporary = self.random.chance(25);
+            self.history.push(format!("snapshot {name}, temporary {temporary}"));
+            if temporary {
+                self.temporary.insert(name);
+            }
+            let options = SnapshotOptions { snapshot: Some(name), temporary, ..SnapshotOptions::default() };
             let report = snapshot(&disk, &bundle, &mut NoWriters, &options).map_err(told)?;
             if !report.warnings.is_empty() {
                 return Err(format!("{:?}", report.warnings));
             }
-            return Ok(Some(name));
+            return Ok((name, Done::Made(name)));
         }
-        let named = self.merging.unwrap_or_else(|| deletable[self.random.index(deletable.len())]);
+        let named = self.merging.unwrap_or_else(|| all[self.random.index(all.len())]);
         let cancel_after = self.random.chance(30).then(|| self.random.below(6));
-        self.history.push(format!("delete {named}, cancelled after {cancel_after:?}"));
-        let options = DeleteOptions {
-            rest_bytes_max: [32 << 10, 4 << 20][self.random.index(2)],
-            ..DeleteOptions::new(named)
-        };
+        let rest_bytes_max = [32 << 10, 4 << 20][self.random.index(2)];
         let meanwhile = Meanwhile { guest: Mutex::new(guest), cancel_after, state: Mutex::new((0, Ok(()))) };
+        // Into a new file what stands on it takes it in; a merge that was given up is no mark.
+        let descriptor = DiskDescriptor::load(&folder, None).map_err(told)?;
+        let mut children = descriptor.children(named).map(|shot| shot.guid());
+        let child = children.next().filter(|_| children.next().is_none() && self.merging.is_none());
+        if let Some(child) = child.filter(|_| self.random.chance(35)) {
+            *next += 1;
+            let file = format!("merged{next}.hds");
+            self.history
+                .push(format!("merge {named} to {child} into {file}, cancelled after {cancel_after:?}"));
+            let options = MergeNewOptions { rest_bytes_max, ..MergeNewOptions::new(named, child, file) };
+            let done = merge_new(&disk, &bundle, &meanwhile, &options);
+            meanwhile.state.into_inner().unwrap().1?;
+            let done = match done {
+                Ok(report) if report.warnings.is_empty() => Done::Removed(named),
+                Ok(report) => return Err(format!("{:?}", report.warnings)),
+                Err(error) if matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::NotQuiet) => {
+                    Done::Nothing
+                }
+                // The disk was made smaller since: only a closed one is asked.
+                Err(error)
+                    if error.kind() == ErrorKind::Parameter && error.to_string().contains("is a disk of") =>
+                {
+                    Done::Nothing
+                }
+                Err(error) => return Err(told(error)),
+            };
+            return Ok((named, done));
+        }
+        self.history.push(format!("delete {named}, cancelled after {cancel_after:?}"));
+        let options = DeleteOptions { rest_bytes_max, ..DeleteOptions::new(named) };
         let done = delete(&disk, &bundle, &meanwhile, &options);
         meanwhile.state.into_inner().unwrap().1?;
-        match done {
-            Ok(report) if report.warnings.is_empty() => {
-                self.merging = None;
-                Ok(Some(named))
+        let done = match done {
+            // The user's patience ended with one that went beside.
+            Ok(report) if report.warnings.iter().any(|warning| !warning.contains("no more patience")) => {
+                return Err(format!("{:?}", report.warnings));
             }
-            Ok(report) => Err(format!("{:?}", report.warnings)),
-            Err(error) if matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::NotQuiet) => {
-                self.merging = Some(named);
-                Ok(None)
+            Ok(report) if report.marked => {
+                self.temporary.insert(named);
+                Done::Nothing
             }
-            Err(error) => Err(told(error)),
+            Ok(_) => Done::Removed(named),
+            Err(error) if matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::NotQuiet) => Done::Nothing,
+            // The disk has grown since: only a closed one is merged with a smaller snapshot.
+            Err(error)
+                if error.kind() == ErrorKind::Parameter && error.to_string().contains("is a disk of") =>
+            {
+                Done::Nothing
+            }
+            Err(error) => return Err(told(error)),
+        };
+        Ok((named, done))
+    }
+
+    /// What the descriptor says of merges that were begun and of temporary states that have gone.
+    fn look(&mut self, host: &SimDisk) -> Result<(), String> {
+        let descriptor = DiskDescriptor::load(&host.folder(), None).map_err(told)?;
+        let is_there = |guid: &Guid| descriptor.shot(*guid).is_some();
+        let gone: Vec<Guid> = self.temporary.iter().copied().filter(|guid| !is_there(guid)).collect();
+        for guid in gone {
+            self.temporary.remove(&guid);
+            self.snapshots.remove(&guid);
         }
+        let is_merging = |transition: Transition| !transition.is_readable();
+        let cut = descriptor.shots().iter().find(|shot| shot.transition().is_some_and(is_merging));
+        self.merging = cut.map(|shot| shot.guid());
+        Ok(())
+    }
+
+    /// What is done to the closed disk before it runs again.
+    fn between(&mut self, host: &SimDisk, next: &mut usize) -> Result<(), String> {
+        if self.merging.is_some() {
+            return Ok(());
+        }
+        self.history.push("a repairing check".to_owned());
+        repair(&host.folder()).map_err(told)?;
+        let view = View::read(&host.folder())?;
+        self.adopt(&view);
+        let descriptor = DiskDescriptor::load(&host.folder(), None).map_err(told)?;
+        let mut model = Model::of(&view).with_cluster(descriptor.cluster_sectors().0);
+        model.temporary.clone_from(&self.temporary);
+        let mut random = Random::new(self.random.next_u64());
+        for _ in 0..3 {
+            let Some(command) = model.choose(&mut random, next) else { continue };
+            self.history.push(format!("closed: {command:?}"));
+            model.apply(command);
+            command.run(&host.folder()).map_err(told)?;
+            model = model.reached(host)?;
+        }
+        self.snapshots.clear();
+        self.adopt(&View::read(&host.folder())?);
+        Ok(())
     }
 
     /// The disk runs until it is closed or the power goes.
@@ -268,14 +361,14 @@ impl Life {
             let was_merging = self.merging;
             host.capture_every_operation(loses_power);
             let before = guest.possible.clone();
-            let named = self.command(&host, guest, next);
+            let commanded = self.command(&host, guest, next);
             host.capture_every_operation(false);
-            let named = named?;
+            let (named, done) = commanded?;
             let mut captured = host.take_captured();
             let at = if captured.is_empty() { 0 } else { self.random.index(captured.len()) };
             if loses_power && at < captured.len() {
                 self.losses += 1;
-                let changing = named.or(self.merging).or(was_merging);
+                let changing = Some(named).or(was_merging);
                 let options = CrashOptions {
                     exhaustive_max: 32,
                     random_per_density: 2,
@@ -285,7 +378,9 @@ impl Life {
                 };
                 let snapshot = captured.swap_remove(at);
                 let skip = self.random.index(12);
-                let state = snapshot.crash_states(&options).nth(skip).unwrap_or_else(|| snapshot.killed());
+                let dies = self.random.chance(30).then(|| snapshot.killed());
+                let state = dies.or_else(|| snapshot.crash_states(&options).nth(skip));
+                let state = state.unwrap_or_else(|| snapshot.killed());
                 self.history.push(format!("power lost after {:?}: {state}", snapshot.after()));
                 let host = state.into_disk(self.random.next_u64());
                 let mut possible = before;
@@ -297,14 +392,19 @@ impl Life {
                 guest.now = view.sectors(Guid::TOP)?.to_vec();
                 return Ok(host);
             }
-            match named {
-                Some(named) if self.snapshots.remove(&named).is_none() => {
+            match done {
+                Done::Made(named) => {
                     // Whatever was written is durable below it.
                     guest.is_durable();
                     self.snapshots.insert(named, guest.now.clone());
                 }
-                _ => {}
+                Done::Removed(named) => {
+                    self.snapshots.remove(&named);
+                    self.temporary.remove(&named);
+                }
+                Done::Nothing => {}
             }
+            self.look(&host)?;
             guest.read_all()?;
         }
         guest.disk().flush().map_err(told)?;
@@ -322,10 +422,13 @@ impl Life {
     /// What a loss of power has made of the snapshots.
     fn adopt(&mut self, view: &View) {
         self.merging = None;
+        self.temporary.clear();
         let known = std::mem::take(&mut self.snapshots);
         for (guid, state) in view.states.iter().filter(|(guid, _)| **guid != Guid::TOP) {
-            if state.transition.is_some() {
-                self.merging = Some(*guid);
+            match state.transition {
+                Some(transition) if transition.is_readable() => drop(self.temporary.insert(*guid)),
+                Some(_) => self.merging = Some(*guid),
+                None => {}
             }
             self.snapshots.insert(*guid, known.get(guid).unwrap_or(&state.sectors).clone());
         }
@@ -347,6 +450,7 @@ fn live_once(seed: u64, totals: &mut (u64, u64)) -> Result<(), String> {
     let mut life = Life {
         snapshots: BTreeMap::new(),
         merging: None,
+        temporary: BTreeSet::new(),
         history: vec![format!("{shape:?}")],
         losses: 0,
         commands: 0,
@@ -356,8 +460,15 @@ fn live_once(seed: u64, totals: &mut (u64, u64)) -> Result<(), String> {
     let mut now = view.sectors(Guid::TOP)?.to_vec();
     let (mut next, mut number) = (100, 1000);
     let mut result = Ok(());
-    for _ in 0..3 {
+    for number_of_run in 0..3 {
         let seed = life.random.next_u64();
+        if number_of_run > 0 && life.random.chance(60) {
+            if let Err(why) = life.between(&host, &mut next) {
+                result = Err(format!("{why}\n  SEED={seed}\n  {}", life.history.join("\n  ")));
+                break;
+            }
+            now = View::read(&host.folder())?.sectors(Guid::TOP)?.to_vec();
+        }
         let run = Guest::open(&host, now.clone(), seed, number).and_then(|mut guest| {
             let ended = life.run(host.clone(), &mut guest, &mut next)?;
             number = guest.number;
@@ -370,7 +481,8 @@ fn live_once(seed: u64, totals: &mut (u64, u64)) -> Result<(), String> {
                 disk.close().map_err(told)?;
                 life.judge(&ended, &possible, None)?;
                 let left: Vec<String> = unnamed(&ended.folder())?;
-                let left: Vec<&String> = left.iter().filter(|name| !name.contains(".tmp.")).collect();
+                let is_ours = |name: &&String| !name.contains(".tmp.") && !name.contains(".undo");
+                let left: Vec<&String> = left.iter().filter(is_ours).collect();
                 if !left.is_empty() {
                     return Err(format!("left over: {left:?}"));
                 }

@@ -228,7 +228,7 @@ impl DiskDescriptor {
             rest.data.around("StorageData", data),
             rest.snapshots.around("Snapshots", snapshots),
         ];
-        if self.has_obsolete() {
+        if !(self.obsolete.is_empty() && self.gone.is_empty()) {
             let files = self.obsolete.iter().map(|file| Node::with_text("File", file));
             let children = files.chain(self.gone.iter().map(|guid| Node::with_text("GUID", guid))).collect();
             sections.push(Node { children, ..Node::new(OBSOLETE) });

@@ -32,21 +32,25 @@ fn unknown(guid: Guid) -> Error {
         .advise("list the snapshots of the disk and use one of their GUIDs")
 }
 
+/// A name for a new image file of a disk whose first image is called `first`: that name and a new GUID behind it.
+pub fn image_name(first: &str) -> String {
+    // What an earlier snapshot appended goes: else names grow when the first image is a snapshot's.
+    let stem = match first.rfind(".{") {
+        Some(at) if at > 0 && first[at + 1..].parse::<Guid>().is_ok() => &first[..at],
+        _ => first,
+    };
+    // A file name has at most 255 bytes, of which the GUID and its dot take 39.
+    let mut end = stem.len().min(255 - 39);
+    while !stem.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}.{}", &stem[..end], Guid::random())
+}
+
 impl DiskDescriptor {
     /// A name for a new image file of this disk: that of the first image and a new GUID behind it.
     pub fn new_file_name(&self) -> String {
-        let first = self.images.first().map_or("image", |image| image.place().1);
-        // What an earlier snapshot appended goes: else names grow when the first image is a snapshot's.
-        let stem = match first.rfind(".{") {
-            Some(at) if at > 0 && first[at + 1..].parse::<Guid>().is_ok() => &first[..at],
-            _ => first,
-        };
-        // A file name has at most 255 bytes, of which the GUID and its dot take 39.
-        let mut end = stem.len().min(255 - 39);
-        while !stem.is_char_boundary(end) {
-            end -= 1;
-        }
-        format!("{}.{}", &stem[..end], Guid::random())
+        image_name(self.images.first().map_or("image", |image| image.place().1))
     }
 
     /// The lowest image under the current state.
@@ -74,28 +78,49 @@ impl DiskDescriptor {
 
     /// Whether files are still to be removed: an operation was cut, or is at work.
     pub fn has_obsolete(&self) -> bool {
-        !self.obsolete.is_empty() || !self.gone.is_empty()
+        !self.obsolete.is_empty() || !self.gone.is_empty() && !self.is_merging()
+    }
+
+    /// Whether a merge was begun and has not ended.
+    fn is_merging(&self) -> bool {
+        self.shots.iter().any(|shot| shot.transition.is_some_and(|transition| !transition.is_readable()))
+    }
+
+    /// Says what an operation has removed before it goes on to remove more: stored with the next step, so that the same
+    /// operation, cut there and run again, does not take what it has removed for what it never had.
+    pub fn remember_gone(&mut self, states: &[Guid]) {
+        self.gone = states.to_vec();
     }
 
     /// The states that the last operation removed, if it was cut before it removed their files; the last of them is
-    /// the one it merged them into, if it was a merge.
+    /// the one it merged them into, if it was a merge and no [deletion](Self::was_a_deletion).
     pub fn gone(&self) -> &[Guid] {
         &self.gone
+    }
+
+    /// The merge into `upper`, just [finished](Self::finish_merge), is the deletion of what it took away: remembered
+    /// without what remains, it is not taken for a merge that somebody asked for.
+    pub fn was_a_deletion(&mut self, upper: Guid) {
+        if self.gone.last() == Some(&upper) {
+            self.gone.pop();
+        }
     }
 
     /// Whether the last operation, which was cut before it removed its files, was the removal of the state `guid`.
     pub fn has_removed(&self, guid: Guid) -> bool {
         match self.gone.as_slice() {
             // The state below became the current one: its name went with it, its content did not.
-            &[Guid::TOP, below] if self.shot(below).is_none() => guid == Guid::TOP,
+            &[Guid::TOP, below, ..] if self.shot(below).is_none() => guid == Guid::TOP,
             gone => gone.contains(&guid) && self.shot(guid).is_none(),
         }
     }
 
-    /// The files are gone.
+    /// The files are gone. What was removed is remembered for as long as a merge that followed has not ended.
     pub fn forget_obsolete(&mut self) {
         self.obsolete.clear();
-        self.gone.clear();
+        if !self.is_merging() {
+            self.gone.clear();
+        }
     }
 
     /// The current state becomes the snapshot `snapshot`; a new, empty image in `file` stands on it and is the current

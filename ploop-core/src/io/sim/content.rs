@@ -47,6 +47,8 @@ pub(super) struct Content {
     len: u64,
     /// Exclusive or of every page's hash mixed with its number, so that it is kept up to date page by page.
     hash: u64,
+    /// Sectors that cannot be read until they are wholly written; few, if any.
+    unreadable: Vec<u64>,
 }
 
 /// A fast hash for telling states apart; no defence against anybody.
@@ -99,9 +101,56 @@ impl Content {
         self.len
     }
 
-    /// Tells contents of different bytes or length apart.
+    /// Tells contents of different bytes, length or unreadable sectors apart.
     pub(super) fn hash(&self) -> u64 {
-        mix(self.hash, self.len)
+        self.unreadable.iter().fold(mix(self.hash, self.len), |hash, sector| mix(hash, *sector))
+    }
+
+    /// Sectors that cannot be read.
+    pub(super) fn unreadable(&self) -> &[u64] {
+        &self.unreadable
+    }
+
+    /// From now on the sector cannot be read. What it held is gone.
+    pub(super) fn lose_sector(&mut self, sector: u64) {
+        let at = sector * SECTOR as u64;
+        let len = self.len.saturating_sub(at).min(SECTOR as u64);
+        if len == 0 {
+            return;
+        }
+        // Not zeros: the host has given it a place.
+        self.write(at, &[0xee; SECTOR][..small(len)]);
+        if !self.unreadable.contains(&sector) {
+            self.unreadable.push(sector);
+        }
+    }
+
+    /// How many bytes of a range can be read before the first that cannot.
+    pub(super) fn readable(&self, offset: u64, len: u64) -> u64 {
+        let end = offset.saturating_add(len);
+        let lost = self.unreadable.iter().map(|sector| sector * SECTOR as u64);
+        let first = lost.filter(|&at| at < end && at + SECTOR as u64 > offset).min();
+        first.map_or(len, |at| at.saturating_sub(offset))
+    }
+
+    /// Whether a write would keep a part of a sector that cannot be read: the host cannot do that.
+    pub(super) fn needs_unreadable(&self, offset: u64, len: u64) -> bool {
+        let end = offset.saturating_add(len);
+        self.unreadable.iter().map(|sector| sector * SECTOR as u64).any(|at| {
+            let is_touched = at < end && at + SECTOR as u64 > offset;
+            is_touched && !(offset <= at && (at + SECTOR as u64 <= end || self.len <= end))
+        })
+    }
+
+    /// What was wholly written, or emptied, can be read again.
+    fn heal(&mut self, offset: u64, end: u64) {
+        if !self.unreadable.is_empty() {
+            let len = self.len;
+            self.unreadable.retain(|sector| {
+                let at = sector * SECTOR as u64;
+                at < offset || (at + SECTOR as u64).min(len.max(at + 1)) > end
+            });
+        }
     }
 
     pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> usize {
@@ -125,6 +174,7 @@ impl Content {
             done += piece;
         }
         self.len = self.len.max(offset.saturating_add(data.len() as u64));
+        self.heal(offset, offset.saturating_add(data.len() as u64));
     }
 
     fn change(&mut self, number: u64, start: usize, data: &[u8]) {
@@ -174,6 +224,7 @@ impl Content {
                 self.change(number, small(start), &[0; PAGE][..small(stop - start)]);
             }
         }
+        self.heal(offset, end);
     }
 
     /// Shortens the file without forgetting what lies behind its end: that shows when it grows again, until
@@ -192,6 +243,7 @@ impl Content {
     pub(super) fn set_len(&mut self, len: u64) {
         if len < self.len {
             self.zero(len, self.len - len);
+            self.unreadable.retain(|sector| sector * (SECTOR as u64) < len);
         }
         self.len = len;
     }

@@ -27,7 +27,7 @@ pub enum CrashLevel {
     /// C2: any subset of 512-byte sectors of any change, and any length between the old and the new one.
     Sectors,
     /// C3: as C2, and in some states the changes of a file apply in another order, and what a file was extended by,
-    /// and nothing wrote, is garbage. Sectors that cannot be read are not simulated.
+    /// and nothing wrote, is garbage; in others one sector that was being written cannot be read any more (T2).
     Reordered,
 }
 
@@ -107,6 +107,12 @@ enum Choice {
         seed: u64,
         percent: u64,
     },
+    /// As `Random` by piece; then one of the sectors that were being written cannot be read, half of the time one of
+    /// a header, a table or a name's file.
+    Unreadable {
+        seed: u64,
+        percent: u64,
+    },
 }
 
 /// How long the files are.
@@ -155,6 +161,17 @@ impl Snapshot {
                 plans.push((choice, [Length::Old, Length::New, between][number % 3]));
             }
         }
+        CrashStates { snapshot: self.clone(), items, plans: plans.into_iter(), seen: HashSet::new() }
+    }
+
+    /// Only those of them, seeded, in which a sector that was being written cannot be read (part of C3).
+    pub fn unreadable_states(&self, options: &CrashOptions) -> CrashStates {
+        let options = CrashOptions { level: CrashLevel::Reordered, ..options.clone() };
+        let items = self.items(options.metadata_bytes);
+        let plans: Vec<_> = reordered(&options)
+            .filter(|choice| matches!(choice, Choice::Unreadable { .. }))
+            .map(|choice| (choice, Length::Natural))
+            .collect();
         CrashStates { snapshot: self.clone(), items, plans: plans.into_iter(), seen: HashSet::new() }
     }
 
@@ -224,10 +241,34 @@ impl Snapshot {
         if matches!(choice, Choice::Reordered { .. }) {
             contents.iter_mut().for_each(Content::forget_past_end);
         }
+        if let Choice::Unreadable { seed, .. } = choice {
+            self.lose_a_sector(items, &mut contents, &mut Random::new(seed ^ 2));
+        }
         let hash = names.iter().fold(0, |hash, (name, &file)| {
             mix(mix(hash, hash_bytes(name.as_bytes())), contents[file].hash())
         });
         CrashState { contents, names, hash, choice, length }
+    }
+
+    /// One of the sectors that were being written, be it that they had reached the disk or not, cannot be read.
+    fn lose_a_sector(&self, items: &[Item], contents: &mut [Content], random: &mut Random) {
+        let only_metadata = random.chance(50);
+        let mut written = Vec::new();
+        for item in items {
+            if let Place::File(file, at) = item.place
+                && let Change::Write { offset, data } = &self.files[file].log[at].change
+                && (item.is_metadata || !only_metadata)
+            {
+                written.push((file, *offset, data.len() as u64));
+            }
+        }
+        if written.is_empty() {
+            return;
+        }
+        let (file, offset, len) = written[random.index(written.len())];
+        let first = offset / SECTOR_BYTES;
+        let count = (offset + len).div_ceil(SECTOR_BYTES) - first;
+        contents[file].lose_sector(first + random.below(count));
     }
 }
 
@@ -285,7 +326,8 @@ fn reordered(options: &CrashOptions) -> impl Iterator<Item = Choice> {
     let mut random = Random::new(options.seed ^ 0xc3);
     [50, 90, 100].into_iter().flat_map(move |percent| {
         let seeds: Vec<u64> = (0..per_density).map(|_| random.next_u64()).collect();
-        seeds.into_iter().map(move |seed| Choice::Reordered { seed, percent })
+        let both = move |seed| [Choice::Reordered { seed, percent }, Choice::Unreadable { seed, percent }];
+        seeds.into_iter().flat_map(both)
     })
 }
 
@@ -320,7 +362,9 @@ struct Chooser {
 impl Chooser {
     fn new(choice: Choice) -> Self {
         let seed = match choice {
-            Choice::Random { seed, .. } | Choice::Reordered { seed, .. } => seed,
+            Choice::Random { seed, .. }
+            | Choice::Reordered { seed, .. }
+            | Choice::Unreadable { seed, .. } => seed,
             _ => 0,
         };
         Self { choice, random: Random::new(seed), piece: 0 }
@@ -349,7 +393,9 @@ impl Chooser {
             Choice::AllMetadata => Selected::whole(item.is_metadata),
             Choice::AllData => Selected::whole(!item.is_metadata),
             Choice::Random { percent, by_piece: false, .. } => Selected::whole(self.random.chance(percent)),
-            Choice::Random { percent, by_piece: true, .. } | Choice::Reordered { percent, .. } => {
+            Choice::Random { percent, by_piece: true, .. }
+            | Choice::Reordered { percent, .. }
+            | Choice::Unreadable { percent, .. } => {
                 Selected::Some((0..pieces).map(|_| self.random.chance(percent)).collect())
             }
         }
@@ -457,6 +503,11 @@ impl CrashState {
     /// Equal for equal names and contents.
     pub fn hash(&self) -> u64 {
         self.hash
+    }
+
+    /// Whether a sector of it cannot be read.
+    pub fn has_unreadable(&self) -> bool {
+        self.contents.iter().any(|content| !content.unreadable().is_empty())
     }
 
     /// A new world that begins with this state, all of it durable.

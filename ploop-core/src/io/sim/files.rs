@@ -46,7 +46,12 @@ impl Storage for SimStorage {
         world.enter(Call::Read)?;
         world.check_alignment(offset, buffer)?;
         let len = world.shorten(buffer.len());
-        Ok(world.files[self.file].live.read(offset, &mut buffer[..len]))
+        let live = &world.files[self.file].live;
+        let readable = usize::try_from(live.readable(offset, len as u64)).unwrap_or(len);
+        if readable == 0 && len > 0 && offset < live.len() {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(live.read(offset, &mut buffer[..len.min(readable)]))
     }
 
     fn write_at(&self, offset: u64, buffer: &[u8]) -> io::Result<usize> {
@@ -72,6 +77,9 @@ impl Storage for SimStorage {
             return Ok(0);
         }
         let len = world.shorten(buffer.len());
+        if world.files[self.file].live.needs_unreadable(offset, len as u64) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         world.take_space(self.file, offset, len as u64)?;
         world.log(self.file, Change::Write { offset, data: buffer[..len].into() });
         world.note(self.operation(Call::Write, offset, len as u64), hash_bytes(&buffer[..len]));

@@ -271,3 +271,51 @@ fn a_missing_sync_is_found() {
     assert!(!toy_store_breaks(true));
     assert!(toy_store_breaks(false));
 }
+
+#[test]
+fn a_sector_that_cannot_be_read_hinders_only_its_own_readers_until_it_is_written() {
+    let disk = SimDisk::new(1);
+    let storage = durable_file(&disk);
+    storage.write_all_at(0, &[1; 2048]).unwrap();
+    storage.sync_data().unwrap();
+    disk.lose_sector("f", 2).unwrap();
+    assert_eq!(disk.unreadable_sectors(), [("f".to_owned(), 2)]);
+    let mut bytes = [0; 2048];
+    // As far as it goes, then not at all.
+    assert_eq!(storage.read_at(0, &mut bytes).unwrap(), 1024);
+    assert_eq!(storage.read_at(1100, &mut bytes).unwrap_err().raw_os_error(), Some(libc::EIO));
+    storage.read_exact_at(1536, &mut bytes[..512]).unwrap();
+    assert_eq!(storage.write_at(1200, &[2; 8]).unwrap_err().raw_os_error(), Some(libc::EIO), "a part of it");
+    storage.write_all_at(1000, &[3; 536]).unwrap();
+    storage.read_exact_at(0, &mut bytes).unwrap();
+    assert_eq!((bytes[999], bytes[1000], bytes[1535], bytes[1536]), (1, 3, 3, 1));
+    // Not durable yet: a crash brings it back.
+    let lost = disk
+        .snapshot()
+        .crash_states(&CrashOptions::new(CrashLevel::Prefix))
+        .map(|state| state.has_unreadable());
+    assert_eq!(lost.collect::<Vec<_>>(), [true, false]);
+    storage.sync_data().unwrap();
+    disk.lose_sector("f", 3).unwrap();
+    storage.set_len(1536).unwrap();
+    assert!(disk.unreadable_sectors().is_empty());
+}
+
+#[test]
+fn only_a_sector_that_was_being_written_becomes_unreadable() {
+    let disk = SimDisk::new(1);
+    let storage = durable_file(&disk);
+    storage.write_all_at(0, &[1; 4096]).unwrap();
+    storage.sync_data().unwrap();
+    storage.write_all_at(512, &[2; 1024]).unwrap();
+    let mut lost = HashSet::new();
+    for seed in 0..20 {
+        let options = CrashOptions { seed, ..CrashOptions::new(CrashLevel::Reordered) };
+        for state in disk.snapshot().crash_states(&options).filter(CrashState::has_unreadable) {
+            lost.extend(state.into_disk(0).unreadable_sectors());
+        }
+    }
+    assert_eq!(lost, HashSet::from([("f".to_owned(), 1), ("f".to_owned(), 2)]));
+    let harmless = disk.snapshot().crash_states(&CrashOptions::new(CrashLevel::Sectors));
+    assert_eq!(harmless.filter(CrashState::has_unreadable).count(), 0);
+}

@@ -7,6 +7,7 @@ use crate::device::DiskOptions;
 use crate::extent::Extent;
 use crate::io::sim::Random;
 use crate::ops::create::{CreateOptions, create};
+use crate::ops::open::open;
 use crate::ops::progress::Silent;
 use crate::units::Sectors;
 

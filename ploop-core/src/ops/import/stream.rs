@@ -15,7 +15,7 @@ use crate::io::{Access, BufferPool, Folder, Storage, StorageExt};
 use crate::ops::convert::{fill_new, verify_new};
 use crate::ops::placing::remove;
 use crate::ops::transfer::{
-    self, ChainContent, Content, Piece, Pipeline, Presence, RawTarget, Recorded, StorageContent, Target,
+    self, ChainContent, Content, Layout, Piece, Pipeline, Presence, RawTarget, StorageContent, Target,
 };
 use crate::units::Sectors;
 
@@ -58,7 +58,7 @@ impl Stream<'_> {
         base: u64,
         end: u64,
         pipeline: &Pipeline<'_>,
-    ) -> Result<Recorded> {
+    ) -> Result<()> {
         let piece = transfer::piece_bytes_for(target.unit_bytes(), end.saturating_sub(base));
         let threads = transfer::threads(storage, piece);
         let pool = BufferPool::new(usize::try_from(piece).unwrap_or(usize::MAX), threads + 1);
@@ -79,9 +79,10 @@ impl Stream<'_> {
             }
             Ok(None)
         };
-        let work =
-            |piece: &Piece, bytes: &mut [u8]| target.put(piece.extent.start(), bytes, &|_| Presence::Alone);
-        pipeline.run(piece, threads, next, work)
+        let store = |piece: &Piece, bytes: &mut [u8]| {
+            target.put(piece.extent.start(), bytes, &|_| Presence::Alone, pipeline.read_back)
+        };
+        pipeline.fill(target, (piece, threads), next, store)
     }
 
     /// Whether nothing more comes; asks for one byte and keeps it for nobody: it is an error then.
@@ -103,15 +104,14 @@ fn of_known_size(
     let geometry = geometry(options, 0)?;
     let asked = options.disk.and_then(Sectors::checked_bytes).unwrap_or(0);
     let preallocated = options.mode == Mode::Preallocated;
-    pipeline.progress.begin("import", asked);
-    let recorded =
+    pipeline.progress.begin("import", pipeline.total_bytes(asked));
+    let ((), layout) =
         fill_new(storage, Path::new(&options.file), &geometry, preallocated, |target, storage| {
-            let recorded = source.store(target, storage, 0, asked, pipeline)?;
-            source.require_end()?;
-            Ok(recorded)
+            source.store(target, storage, 0, asked, pipeline)?;
+            source.require_end()
         })?;
     pipeline.progress.end();
-    finish(options, storage, geometry, source.read_bytes, &recorded, pipeline)
+    finish(options, storage, geometry, source.read_bytes, layout)
 }
 
 fn raw(
@@ -122,11 +122,11 @@ fn raw(
 ) -> Result<Made> {
     pipeline.progress.begin("import", 0);
     let unlimited = RawTarget::new(Arc::clone(storage), i64::MAX.unsigned_abs());
-    let recorded = source.store(&unlimited, &**storage, 0, i64::MAX.unsigned_abs(), pipeline)?;
+    source.store(&unlimited, &**storage, 0, i64::MAX.unsigned_abs(), pipeline)?;
     let geometry = geometry(options, source.read_bytes)?;
     unlimited.finish_at(geometry.disk_bytes())?;
     pipeline.progress.end();
-    finish(options, storage, geometry, source.read_bytes, &recorded, pipeline)
+    finish(options, storage, geometry, source.read_bytes, Layout::RAW)
 }
 
 /// The largest disk whose table, with the header, fits one cluster.
@@ -151,7 +151,7 @@ fn expanded(
     let room = capacity(options)?;
     let name = Path::new(&options.file);
     pipeline.progress.begin("import", 0);
-    let recorded = fill_new(storage, name, &room, false, |target, storage| {
+    let ((), layout) = fill_new(storage, name, &room, false, |target, storage| {
         source.store(target, storage, 0, room.disk_bytes(), pipeline)
     })?;
     let mut byte = [0];
@@ -162,7 +162,7 @@ fn expanded(
     pipeline.progress.end();
     let geometry = geometry(options, source.read_bytes)?;
     set_size(&**storage, &room, &geometry)?;
-    finish(options, storage, geometry, source.read_bytes, &recorded, pipeline)
+    finish(options, storage, geometry, source.read_bytes, layout)
 }
 
 fn finish(
@@ -170,13 +170,9 @@ fn finish(
     storage: &Arc<dyn Storage>,
     geometry: Geometry,
     input_bytes: u64,
-    recorded: &Recorded,
-    pipeline: &Pipeline<'_>,
+    layout: Layout,
 ) -> Result<Made> {
-    let preallocated = options.mode == Mode::Preallocated;
-    pipeline.progress.begin("verify", recorded.pieces().map(|(extent, _)| extent.len()).sum());
-    verify_new(storage, Path::new(&options.file), &geometry, preallocated, recorded, pipeline)?;
-    pipeline.progress.end();
+    verify_new(storage, Path::new(&options.file), &geometry, layout)?;
     Made::new(storage, geometry, input_bytes)
 }
 
@@ -225,7 +221,9 @@ fn longer(
     // It lives as long as it is open.
     images.unlink(&spare).map_err(created).map_err(|error| remove(images, &spare, error))?;
     let unlimited = RawTarget::new(Arc::clone(&tail), i64::MAX.unsigned_abs());
-    rest.store(&unlimited, &*tail, base, i64::MAX.unsigned_abs(), pipeline)?;
+    // Compared as part of the whole.
+    let unread = Pipeline { progress: pipeline.progress, read_back: false };
+    rest.store(&unlimited, &*tail, base, i64::MAX.unsigned_abs(), &unread)?;
     let read_bytes = rest.read_bytes;
     let geometry = geometry(options, read_bytes)?;
     unlimited.finish_at(read_bytes - base)?;
@@ -240,9 +238,9 @@ fn longer(
         let threads = transfer::threads(storage, transfer::piece_bytes(target.unit_bytes()));
         transfer::copy(&both, target, read_bytes, threads, pipeline)
     })
-    .and_then(|recorded| {
+    .and_then(|((), layout)| {
         pipeline.progress.end();
-        finish(options, &whole, geometry, read_bytes, &recorded, pipeline)
+        finish(options, &whole, geometry, read_bytes, layout)
     })
     .and_then(|made| {
         images.rename(&whole_name, &options.file).map_err(|cause| {

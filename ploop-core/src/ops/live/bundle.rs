@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::file::{Caching, DirectoryFolder};
+use crate::io::file::{self, Caching, DirectoryFolder};
 use crate::io::{Access, Folder, Storage};
 use crate::ops::image_files::LockedFolder;
+use crate::ops::open::LockedStorage;
 
 /// Where the images and the descriptor of a running disk lie.
 pub trait Bundle: Send + Sync {
@@ -21,6 +22,12 @@ pub trait Bundle: Send + Sync {
     fn unused_images(&self) -> &dyn Folder;
     /// Removes an image file, if it is there.
     fn remove_image(&self, file: &str) -> Result<()>;
+    /// An image that is about to be removed, for giving its space back afterwards; `None`: that is left to the host. It is not
+    /// locked yet: a [claim](Storage::claim) of it fails as long as somebody else has the file.
+    fn keep_image(&self, file: &str) -> Option<Arc<dyn Storage>> {
+        let _unused = file;
+        None
+    }
 }
 
 /// A bundle in a folder of the host.
@@ -58,6 +65,15 @@ impl Bundle for RunningBundle {
 
     fn unused_images(&self) -> &dyn Folder {
         &self.unused_images
+    }
+
+    fn keep_image(&self, file: &str) -> Option<Arc<dyn Storage>> {
+        let options = file::OpenOptions::new(Access::ReadWrite);
+        let opened = match file.split_once('/') {
+            Some((inner, name)) => self.folder.open_folder(inner).ok()?.open_file(name, &options),
+            None => self.folder.open_file(file, &options),
+        };
+        Some(Arc::new(LockedStorage::unlocked(opened.ok()?, &self.path.join(file))))
     }
 
     fn remove_image(&self, file: &str) -> Result<()> {

@@ -1,7 +1,8 @@
 //! Brings a merge of the running top so close to its guest that the rest fits into one short hold.
 //!
 //! A pass copies what has changed since it was copied; what changes meanwhile is the next pass's. Passes that leave no more
-//! than half of what the one before left go on as they are. Each that leaves more raises the pressure:
+//! than half of what the one before left go on as they are, also when the rest would do for the hold: the shorter that is,
+//! the better. Each that leaves more, and too much for the hold, raises the pressure:
 //!
 //! | pressure | the guest |
 //! |---|---|
@@ -164,9 +165,23 @@ impl<'a> CatchingUp<'a> {
         let mut before = copier.bytes;
         loop {
             let rest = self.changes.bytes();
-            if self.fits(rest) {
-                let disk = self.disk;
-                self.slowed(|| copier.flush().and_then(|()| disk.flush()))?;
+            // Free writes of the guest cost it less than held ones: as long as passes help, they go on.
+            let is_worth_a_pass =
+                self.pressure < PRESSURE_HOLDING && rest > REST_BYTES_MIN && rest <= before / 2;
+            if self.fits(rest) && !is_worth_a_pass {
+                let (disk, changes) = (self.disk, self.changes);
+                let is_free = self.pressure < PRESSURE_HOLDING;
+                self.slowed(|| {
+                    copier.flush()?;
+                    disk.flush()?;
+                    if is_free {
+                        // What came during these syncs, so that those in the hold have little to do.
+                        copier.sweep(changes)?;
+                        copier.flush()?;
+                        disk.flush()?;
+                    }
+                    Ok(())
+                })?;
                 copier.check_cancelled()?;
                 let closed = Instant::now();
                 let frozen = freeze().map_err(not_quiet)?;
@@ -182,7 +197,7 @@ impl<'a> CatchingUp<'a> {
                 self.pressure = self.pressure.saturating_add(1);
             }
             before = rest;
-            copier.is_fair = self.pressure == 0;
+            copier.pace.is_fair = self.pressure == 0;
             copier.is_limited = self.pressure < PRESSURE_HOLDING;
             self.progress.begin("merge what was written meanwhile", rest);
             let changes = self.changes;

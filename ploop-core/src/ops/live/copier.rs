@@ -10,14 +10,15 @@
 //!
 //! Extra work is one read and one write per piece, and two syncs per [`FLUSH_BYTES`]. Pieces that lie close to each
 //! other in one cluster are moved as one, and several are under way at once, so that scattered small writes of a guest are
-//! followed as fast as the host allows. A guest that is at work gets as much time as the merge takes, unless told
-//! otherwise: after each piece, or batch, the merge sleeps as long as that took.
+//! followed as fast as the host allows. How large a piece is, how many are under way, and what a guest gets that is at work
+//! says [`pace`](super::pace).
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::device::{Change, Changes, Disk, Statistics};
+use super::pace::{PIECE_BYTES_MAX, Pace, THREADS_MAX};
+use crate::device::{Change, Changes, Disk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
 use crate::format::{Chain, PreparedWrite, WriteTarget};
@@ -25,22 +26,17 @@ use crate::io::{IoBuf, StorageExt};
 use crate::ops::Progress;
 use crate::units::GuestCluster;
 
-/// Largest transfer in bytes.
-const PIECE_BYTES: u64 = 1 << 20;
 /// Bytes of changes that are moved as one batch.
 const BATCH_BYTES: u64 = 16 << 20;
 /// Pieces of a batch.
 const BATCH_PIECES: usize = 2048;
 /// Bytes between two changes that are moved along rather than left out.
 const GAP_BYTES: u64 = 16 << 10;
-/// Transfers under way at once.
-const THREADS_MAX: usize = 8;
 /// So many pieces are worth a thread of their own.
 const PIECES_PER_THREAD: usize = 4;
-/// The table of the parent is written after so many bytes.
-const FLUSH_BYTES: u64 = 64 << 20;
-/// The longest pause for the guest after one piece.
-const PAUSE_MAX: Duration = Duration::from_millis(100);
+/// The table of the parent is written after so many bytes. Not often: a sync of one file makes the host's file system
+/// commit what it has, and the guest's writes to another file may wait for that.
+const FLUSH_BYTES: u64 = 256 << 20;
 
 /// One transfer out of the child's file into the parent's.
 struct Piece {
@@ -127,25 +123,18 @@ impl Route<'_> {
 
 /// Copies what one delta of a chain holds into its parent.
 pub(super) struct Copier<'a> {
-    disk: &'a Disk,
     route: Route<'a>,
     progress: &'a dyn Progress,
-    /// One for each transfer under way; the first is always there.
+    /// One for each transfer under way, each of `piece_bytes`; the first is always there.
     buffers: Vec<IoBuf>,
     piece_bytes: u64,
     threads: usize,
     unflushed: u64,
-    /// Requests answered at the last pause.
-    seen: u64,
-    /// Whether the guest gets its share, and a rate limit is kept; not while it is held.
-    pub(super) is_fair: bool,
+    pub(super) pace: Pace<'a>,
+    /// Whether a rate limit is kept; not while the guest is held.
     pub(super) is_limited: bool,
     pub(super) bytes: u64,
     pub(super) clusters: u64,
-}
-
-fn requests(statistics: &Statistics) -> u64 {
-    statistics.reads + statistics.writes + statistics.zeroes
 }
 
 /// Storage that is no file (a simulated one) is used from one thread, so that its order of operations repeats.
@@ -162,15 +151,13 @@ impl<'a> Copier<'a> {
         progress: &'a dyn Progress,
     ) -> Result<Self> {
         let mut copier = Self {
-            disk,
+            pace: Pace::new(disk),
             threads: threads(chain, child, parent),
-            piece_bytes: chain.geometry().cluster_bytes().min(PIECE_BYTES),
+            piece_bytes: chain.geometry().cluster_bytes().min(PIECE_BYTES_MAX),
             route: Route { chain, child, parent },
             progress,
             buffers: Vec::new(),
             unflushed: 0,
-            seen: requests(&disk.statistics()),
-            is_fair: true,
             is_limited: true,
             bytes: 0,
             clusters: 0,
@@ -204,7 +191,7 @@ impl<'a> Copier<'a> {
         to: u64,
         (at, len): (u64, u64),
     ) -> impl Iterator<Item = Piece> + use<> {
-        let (end, step) = (at + len, self.piece_bytes);
+        let (end, step) = (at + len, self.piece_bytes.min(self.pace.piece_bytes()));
         let mut at = at;
         std::iter::from_fn(move || {
             let len = (end - at).min(step);
@@ -230,7 +217,7 @@ impl<'a> Copier<'a> {
             if let Some(buffer) = self.buffers.first_mut() {
                 self.route.transfer(&piece, buffer)?;
             }
-            self.pause(begun.elapsed());
+            self.pace.pause(begun.elapsed());
         }
         if let WriteTarget::Fresh(prepared) = target {
             prepared.publish();
@@ -261,7 +248,7 @@ impl<'a> Copier<'a> {
             self.account(bytes)?;
             // The limit is kept by sleeping.
             self.progress.advance(if self.is_limited { bytes } else { 0 })?;
-            self.pause(took);
+            self.pace.pause(took);
         }
     }
 
@@ -306,7 +293,7 @@ impl<'a> Copier<'a> {
                 }
             };
             for piece in self.pieces(cluster, (from.0, held), to.0, range) {
-                batch.add(piece, self.piece_bytes);
+                batch.add(piece, self.piece_bytes.min(self.pace.piece_bytes()));
             }
         }
         Ok(())
@@ -314,7 +301,7 @@ impl<'a> Copier<'a> {
 
     /// Several at a time, in any order: they do not overlap. None is under way any more afterwards.
     fn transfer_all(&mut self, pieces: &[Piece]) -> Result<()> {
-        let threads = (pieces.len() / PIECES_PER_THREAD).clamp(1, self.threads);
+        let threads = (pieces.len() / PIECES_PER_THREAD).clamp(1, self.threads.min(self.pace.threads()));
         while self.buffers.len() < threads {
             self.add_buffer()?;
         }
@@ -356,14 +343,7 @@ impl<'a> Copier<'a> {
 
     /// From here on nothing sleeps, and nothing can be cancelled: the guest is held.
     pub(super) fn hold(&mut self) {
-        (self.is_fair, self.is_limited, self.progress) = (false, false, &crate::ops::Silent);
-    }
-
-    fn pause(&mut self, took: Duration) {
-        let now = requests(&self.disk.statistics());
-        if std::mem::replace(&mut self.seen, now) != now && self.is_fair {
-            std::thread::sleep(took.min(PAUSE_MAX));
-        }
+        (self.pace.is_fair, self.is_limited, self.progress) = (false, false, &crate::ops::Silent);
     }
 
     /// Makes everything copied so far durable in the parent, table included. Nothing to do if nothing was copied since.

@@ -2,13 +2,13 @@
 //!
 //! | step | a crash after it leaves |
 //! |---|---|
-//! | 1 descriptor marks the snapshot as being merged | the same chain; the snapshot cannot be used any more, only this command can be run again |
+//! | 1 descriptor marks the snapshot as being merged; its image gets the size of the child ([`fitting`](super::fitting)) | the same chain; the snapshot cannot be used any more, only this command can be run again |
 //! | 2 clusters of the child copied into the parent, flushed, any number of times | the same: the child shadows all of them |
 //! | 3 everything copied is durable; descriptor without the snapshot put in place (commit) | the shorter chain |
 //! | 4 chain replaced behind the closed gate | the same |
-//! | 5 file of the child removed | nothing more |
+//! | 5 file of the child removed; its space given back little by little ([`space`](super::space)) | nothing more |
 //!
-//! *A child that is frozen itself* does not change: one pass, and the gate is closed only for step 4.
+//! *A child that is frozen itself* does not change: one pass, and the gate is closed only for the descriptor and step 4.
 //!
 //! *A child that is the running top* is written to meanwhile. As in a copy to another machine, a tracker
 //! ([`Disk::watch_changes`]) says, in units of 4 KiB, what changed since it was copied, discards and zeroing included: it
@@ -36,6 +36,7 @@ use serde::Serialize;
 
 use super::catching_up::{CatchingUp, check_clean, not_quiet};
 use super::copier::{self, Copier};
+use super::space::Held;
 use super::{Bundle, DRAIN_TIMEOUT, at_descriptor, check_same, load, milliseconds, remove_obsolete, told};
 use crate::device::{Disk, Frozen};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,7 +45,7 @@ use crate::format::{Chain, DiskDescriptor, Guid, Source, Transition};
 use crate::io::lock::Ownership;
 use crate::io::{Access, Storage};
 use crate::ops::Progress;
-use crate::ops::merge::{Wins, merge_range};
+use crate::ops::merge::{Asked, Wins, merge_range};
 
 /// How often a gate that somebody else has closed is tried again.
 const GATE_RETRY: Duration = Duration::from_millis(20);
@@ -101,7 +102,7 @@ pub struct DeleteReport {
 /// Deletes a snapshot of a running disk. Cancelled or failed, the disk goes on as it was; if the merge had begun, the
 /// snapshot can only be deleted, by the same command.
 ///
-/// Fails with `NoSnapshot`; with `Parameter` for the current state and where the disk has grown since the snapshot; with
+/// Fails with `NoSnapshot`; with `Parameter` for the current state; with
 /// `InUse` when somebody has the snapshot open; with `NotQuiet` when the gate of a running top cannot be closed: writes in
 /// flight do not end, or somebody else keeps it closed.
 pub fn delete(
@@ -110,8 +111,12 @@ pub fn delete(
     progress: &dyn Progress,
     options: &DeleteOptions,
 ) -> Result<DeleteReport> {
-    let mut report = delete_one(disk, bundle, progress, options)?;
-    if let Err(error) = delete_temporary(disk, bundle, progress, options, &mut report) {
+    let cut = load(disk, bundle)?;
+    let was_done = cut.gone().contains(&options.snapshot) && cut.shot(options.snapshot).is_none();
+    let mut report = delete_one(disk, bundle, progress, options, &[])?;
+    // While those go that were waiting for it, the same command, cut there and run again, still finds itself done.
+    let gone = if report.marked { &[][..] } else { &[options.snapshot][..] };
+    if let Err(error) = delete_temporary(disk, bundle, progress, options, (gone, was_done), &mut report) {
         report.warnings.push(format!("a temporary snapshot was not deleted: {}", told(&error)));
     }
     Ok(report)
@@ -123,19 +128,26 @@ fn delete_temporary(
     bundle: &dyn Bundle,
     progress: &dyn Progress,
     options: &DeleteOptions,
+    (gone, was_done): (&[Guid], bool),
     report: &mut DeleteReport,
 ) -> Result<()> {
     let marked: Vec<Guid> = load(disk, bundle)?
         .shots()
         .iter()
-        .filter(|shot| shot.transition() == Some(Transition::Temporary))
+        .filter(|shot| match shot.transition() {
+            Some(Transition::Temporary) => true,
+            // The run that was cut had begun it.
+            Some(Transition::Merging) => was_done,
+            _ => false,
+        })
         .map(|shot| shot.guid())
         .collect();
     for guid in marked {
         if load(disk, bundle)?.children(guid).count() > 1 {
             continue;
         }
-        match delete_one(disk, bundle, progress, &DeleteOptions { snapshot: guid, ..options.clone() }) {
+        let options = DeleteOptions { snapshot: guid, ..options.clone() };
+        match delete_one(disk, bundle, progress, &options, gone) {
             Ok(done) => {
                 report.temporary.push(guid);
                 report.merged_bytes += done.merged_bytes;
@@ -153,17 +165,22 @@ fn delete_temporary(
     Ok(())
 }
 
+/// `gone`: what the operation that this is a part of has removed before.
 fn delete_one(
     disk: &Arc<Disk>,
     bundle: &dyn Bundle,
     progress: &dyn Progress,
     options: &DeleteOptions,
+    gone: &[Guid],
 ) -> Result<DeleteReport> {
     let mut descriptor = load(disk, bundle)?;
     let guid = options.snapshot;
     // What this very command committed before it was cut.
     let is_done = descriptor.gone().contains(&guid) && descriptor.shot(guid).is_none();
     remove_obsolete(bundle, &mut descriptor)?;
+    if !gone.is_empty() {
+        descriptor.remember_gone(gone);
+    }
     let nothing = DeleteReport {
         snapshot: guid,
         marked: false,
@@ -196,12 +213,14 @@ fn delete_one(
     match (children.as_slice(), parent) {
         ([], _) => delete_leaf(bundle, descriptor, nothing),
         ([_], Some(parent)) => {
-            let merge = Merge { disk, bundle, progress, options, chain: disk.chain(), child: parent + 1 };
-            merge.run(descriptor, (guid, chain[parent + 1]))
+            let (in_use, child) = (disk.chain(), parent + 1);
+            let merge = Merge { disk, bundle, progress, options, chain: in_use, child, is_refreshed: false };
+            merge.run(descriptor, (guid, chain[child]))
         }
         (&[child], None) => {
             let folder = bundle.unused_images();
-            let merged = merge_range(folder, &mut descriptor, guid, child, Wins::Source, progress)?;
+            let merged =
+                merge_range(folder, &mut descriptor, (guid, child), (Wins::Source, Asked::Delete), progress)?;
             Ok(DeleteReport { merged_bytes: merged.copied_bytes, passes: 1, ..nothing })
         }
         _ => {
@@ -244,19 +263,53 @@ impl Drop for Borrowed<'_> {
     }
 }
 
-struct Merge<'a> {
-    disk: &'a Arc<Disk>,
-    bundle: &'a dyn Bundle,
-    progress: &'a dyn Progress,
+/// Closes the gate, waiting for others that have closed it and for writes in flight.
+pub(super) fn freeze(disk: &Arc<Disk>, time_max: Duration) -> Result<Frozen> {
+    let deadline = Instant::now() + time_max;
+    loop {
+        match disk.freeze(deadline.saturating_duration_since(Instant::now())) {
+            Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(GATE_RETRY);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// A chain was not replaced. Nobody may write to the top in use as long as the descriptor may say that it is not part of
+/// the disk any more.
+pub(super) fn put_back(bundle: &dyn Bundle, frozen: Frozen, before: &DiskDescriptor, error: Error) -> Error {
+    if error.kind() != ErrorKind::OutcomeUnknown {
+        return error;
+    }
+    match before.store(bundle.folder()) {
+        Ok(()) => error,
+        Err(again) => {
+            frozen.hand_over();
+            error.advise(format!(
+                "which descriptor is there is not known ({again}), and either is right for what was written so far; \
+                 further writes are refused: unmount the disk, repair the host's file system, then mount it again"
+            ))
+        }
+    }
+}
+
+pub(super) struct Merge<'a> {
+    pub(super) disk: &'a Arc<Disk>,
+    pub(super) bundle: &'a dyn Bundle,
+    pub(super) progress: &'a dyn Progress,
     options: &'a DeleteOptions,
-    chain: Arc<Chain>,
-    child: usize,
+    /// The chain in use.
+    pub(super) chain: Arc<Chain>,
+    pub(super) child: usize,
+    /// The chain in use has the parent by the file that was opened for this merge.
+    pub(super) is_refreshed: bool,
 }
 
 impl Merge<'_> {
-    fn run(&self, mut descriptor: DiskDescriptor, (lower, upper): (Guid, Guid)) -> Result<DeleteReport> {
-        let (chain, index) = (&self.chain, self.child - 1);
-        self.check_sizes()?;
+    fn run(mut self, mut descriptor: DiskDescriptor, (lower, upper): (Guid, Guid)) -> Result<DeleteReport> {
+        let (chain, index) = (Arc::clone(&self.chain), self.child - 1);
+        self.check_cut(&descriptor, (lower, upper))?;
         let image = descriptor
             .image(lower)
             .ok_or_else(|| Error::new(ErrorKind::Descriptor, "merge: the snapshot has no image"))?;
@@ -269,20 +322,25 @@ impl Merge<'_> {
         let storage = self.bundle.open_image(&file, Access::ReadWrite, raw)?;
         let mut after = descriptor.clone();
         after.finish_merge(lower, upper, MergeInto::Lower).map_err(at_descriptor(self.bundle))?;
+        after.was_a_deletion(upper);
         descriptor.begin_merge(lower, upper).map_err(at_descriptor(self.bundle))?;
         descriptor.store(self.bundle.folder()).map_err(at_descriptor(self.bundle))?;
         let source = Source { name: chain.name(index).to_path_buf(), storage: Arc::clone(&storage), raw };
-        let parent = chain.parent_for_merge(index, source)?;
-        let done = match self.child == chain.top() {
+        let mut parent = chain.parent_for_merge(index, source)?;
+        let done = self.fit(&mut parent).and_then(|()| match self.child == chain.top() {
             true => self.merge_top(&parent, &descriptor, &after),
-            false => self.merge_frozen(&parent, &after),
-        };
+            false => self.merge_frozen(&parent, &descriptor, &after),
+        });
         let mut report = match done {
             Ok(report) => report,
             Err(error) => {
                 // As tidy as can be; if not, the next opening repairs it. The lock goes before the reader's comes back.
                 if error.kind() != ErrorKind::Sync && copier::flush(&parent).is_ok() {
                     let _ = parent.close();
+                }
+                if self.is_refreshed {
+                    borrowed.0 = None;
+                    let _ = storage.claim(Some(Ownership::Reader));
                 }
                 drop((parent, storage));
                 drop(borrowed);
@@ -291,28 +349,12 @@ impl Merge<'_> {
         };
         // The chain in use has the parent by its new file.
         borrowed.0 = None;
+        let held = Held::obsolete(self.bundle, &after);
         if let Err(error) = remove_obsolete(self.bundle, &mut after) {
             report.warnings.push(format!("the snapshot is deleted, but not its file: {}", told(&error)));
         }
+        held.give_back(self.disk, &[Arc::clone(self.chain.storage(self.child))], self.progress);
         Ok(report)
-    }
-
-    fn check_sizes(&self) -> Result<()> {
-        let (parent, child) =
-            (self.chain.delta_geometry(self.child - 1), self.chain.delta_geometry(self.child));
-        if parent.disk_bytes() == child.disk_bytes() {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Parameter,
-            format!(
-                "merge: the snapshot is a disk of {} bytes, what stands on it of {}",
-                parent.disk_bytes(),
-                child.disk_bytes()
-            ),
-        )
-        .at_path(self.chain.name(self.child - 1))
-        .advise("unmount the disk; then the snapshot can be deleted"))
     }
 
     fn report(&self, copier: &Copier<'_>, passes: u32, held: Duration, depth: usize) -> DeleteReport {
@@ -329,20 +371,16 @@ impl Merge<'_> {
         }
     }
 
-    /// Closes the gate, waiting for others that have closed it and for writes in flight.
-    fn freeze(&self) -> Result<Frozen> {
-        let deadline = Instant::now() + self.options.drain_timeout;
-        loop {
-            match self.disk.freeze(deadline.saturating_duration_since(Instant::now())) {
-                Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
-                    std::thread::sleep(GATE_RETRY);
-                }
-                other => return other,
-            }
-        }
+    pub(super) fn freeze(&self) -> Result<Frozen> {
+        freeze(self.disk, self.options.drain_timeout)
     }
 
-    fn merge_frozen(&self, parent: &Arc<Chain>, after: &DiskDescriptor) -> Result<DeleteReport> {
+    fn merge_frozen(
+        &self,
+        parent: &Arc<Chain>,
+        before: &DiskDescriptor,
+        after: &DiskDescriptor,
+    ) -> Result<DeleteReport> {
         let chain = &*self.chain;
         let mut copier = Copier::new(self.disk, (chain, self.child), parent, self.progress)?;
         let cluster_bytes = chain.geometry().cluster_bytes();
@@ -353,14 +391,23 @@ impl Merge<'_> {
         parent.close()?;
         let new = chain.without(self.child, parent)?;
         self.disk.can_serve(&new)?;
-        after.store(self.bundle.folder()).map_err(at_descriptor(self.bundle))?;
-        // Committed: whether the chain in use is still the longer one makes no difference to what the guest sees.
-        let frozen = self.freeze()?;
+        let staged = after.stage(self.bundle.folder()).map_err(at_descriptor(self.bundle))?;
+        self.disk.flush()?;
         let closed = Instant::now();
-        frozen.replace_chain(|in_use| {
+        // Before the commit: a gate that somebody else keeps closed fails what has not happened.
+        let frozen = self.freeze().map_err(not_quiet)?;
+        let replaced = frozen.replace_chain(|in_use| {
             check_same(in_use, &self.chain)?;
+            staged.commit().map_err(at_descriptor(self.bundle))?;
             Ok(Arc::clone(&new))
-        })?;
+        });
+        if let Err(error) = replaced {
+            if error.kind() == ErrorKind::OutcomeUnknown {
+                // Either descriptor is right for what was written and for what comes: this one is that of the chain in use.
+                let _ = before.store(self.bundle.folder());
+            }
+            return Err(error);
+        }
         drop(frozen);
         let held = closed.elapsed();
         parent.storage(0).claim(Some(Ownership::Reader))?;
@@ -400,30 +447,12 @@ impl Merge<'_> {
                 Ok(Arc::clone(&new))
             });
             if let Err(error) = replaced {
-                return Err(self.put_back(frozen, before, error));
+                return Err(put_back(self.bundle, frozen, before, error));
             }
             kept.end();
             drop(frozen);
             catching_up.held()
         };
         Ok(self.report(&copier, catching_up.passes(), held, new.depth()))
-    }
-
-    /// The chain was not replaced. Nobody may write to the old top as long as the descriptor may say that it is not part of
-    /// the disk any more.
-    fn put_back(&self, frozen: Frozen, before: &DiskDescriptor, error: Error) -> Error {
-        if error.kind() != ErrorKind::OutcomeUnknown {
-            return error;
-        }
-        match before.store(self.bundle.folder()) {
-            Ok(()) => error,
-            Err(again) => {
-                frozen.hand_over();
-                error.advise(format!(
-                    "which descriptor is there is not known ({again}), and either is right for what was written so far; \
-                     further writes are refused: unmount the disk, repair the host's file system, then mount it again"
-                ))
-            }
-        }
     }
 }

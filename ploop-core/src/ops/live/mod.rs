@@ -14,7 +14,11 @@ mod bundle;
 mod catching_up;
 mod copier;
 mod delete;
+mod fitting;
+mod merge_new;
+mod pace;
 mod snapshot;
+mod space;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +27,7 @@ use std::time::Duration;
 
 pub use bundle::{Bundle, RunningBundle};
 pub use delete::{DeleteOptions, DeleteReport, delete};
+pub use merge_new::{MergeNewOptions, MergeNewReport, merge_new};
 pub use snapshot::{SnapshotOptions, SnapshotReport, snapshot};
 
 use crate::device::Disk;

@@ -6,16 +6,18 @@
 //! | 2 new top made, synced, marked as in use | open | the same and an empty file, removed by the next command |
 //! | 3 file system synced, then frozen; everything flushed; next descriptor staged | open | the same |
 //! | 4 writes in flight end; what no sync has covered is flushed | closed | the same |
-//! | 5 descriptor put in place (commit) | closed | the new chain; the old top's in-use mark means nothing |
+//! | 5 descriptor put in place | closed | the old chain or the new one; the old top's in-use mark means nothing |
 //! | 6 chain replaced, keeper told | closed | the same |
-//! | 7 file system thawed | open | the same |
-//! | 8 old top: tail cut, in-use mark cleared, lock shared with readers | open | the same, closed |
+//! | 7 folder synced (commit); until then no flush is answered | open | the new chain |
+//! | 8 file system thawed | open | the same |
+//! | 9 old top: tail cut, in-use mark cleared, lock shared with readers | open | the same, closed |
 //!
 //! The new top is marked as in use in step 2 and not behind the commit, where it would cost the guest a sync: a crash
 //! between the two leaves a file that is removed.
 //!
-//! Should the folder's sync of step 5 fail, the old descriptor is put back and the guest goes on in the old top. Then
-//! whichever descriptor a power loss leaves, the data are right: an empty top on a top that was written on shows the same.
+//! Writes may go on before the folder is synced, for who is not told of a flush may lose them; where a power loss
+//! brings the old chain back, it is as it was when the gate closed (S6). Should that sync fail, the new descriptor is
+//! written anew; should that fail, too, the disk is poisoned: nobody may be told that what he wrote since is safe.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,6 +30,7 @@ use super::{
 };
 use crate::device::Disk;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor_store::RenamedDescriptor;
 use crate::format::{
     Chain, CreateOptions, DiskDescriptor, Geometry, Guid, Source, Transition, Version, create_image,
 };
@@ -102,8 +105,11 @@ pub fn snapshot(
     });
     let (new, held) = match made {
         Ok(made) => made,
-        Err(error) => return Err(undo(bundle, &mut descriptor, &file, error)),
+        Err(error) => return Err(undo(bundle, &mut descriptor, error)),
     };
+    if let Some(error) = held.in_doubt {
+        return Err(error);
+    }
 
     let mut warnings = Vec::new();
     // From here on nobody writes to the old top. A guest that reads does not mind its tail going.
@@ -119,7 +125,7 @@ pub fn snapshot(
         held_ms: milliseconds(held.gate),
         drain_ms: milliseconds(held.drain),
         frozen_ms: milliseconds(held.frozen),
-        warnings: warnings.into_iter().chain(held.warning).collect(),
+        warnings: warnings.into_iter().chain(held.warnings).collect(),
     })
 }
 
@@ -158,10 +164,12 @@ struct Held {
     gate: Duration,
     drain: Duration,
     frozen: Duration,
-    warning: Option<String>,
+    warnings: Vec<String>,
+    /// The new chain is served, and nobody knows whether it is durable. The disk is poisoned.
+    in_doubt: Option<Error>,
 }
 
-/// Steps 3 to 7.
+/// Steps 3 to 8.
 fn hold(
     disk: &Arc<Disk>,
     bundle: &dyn Bundle,
@@ -180,29 +188,51 @@ fn hold(
     let closed = Instant::now();
     let frozen = disk.freeze(options.drain_timeout)?;
     let drain = closed.elapsed();
-    frozen.replace_chain(|in_use| {
+    let mut renamed = None;
+    let unsettled = frozen.replace_chain_unsettled(|in_use| {
         check_same(in_use, old)?;
-        staged.commit().map_err(at_descriptor(bundle))?;
+        renamed = Some(staged.rename().map_err(at_descriptor(bundle))?);
         Ok(Arc::clone(new))
     })?;
     drop(frozen);
     let gate = closed.elapsed();
+    let (mut warnings, mut in_doubt) = (Vec::new(), None);
+    // Before the thaw, whose own flush waits for it.
+    match settle(bundle, renamed, after) {
+        Ok(warning) => {
+            unsettled.settle(Ok(()));
+            warnings.extend(warning);
+        }
+        Err(error) => {
+            unsettled.settle(Err(error.clone()));
+            in_doubt = Some(error);
+        }
+    }
     // A snapshot it is, whatever becomes of the thaw, which the command's guardian tries again.
-    let warning =
-        stopped.go_on().err().map(|error| format!("the file system was not thawed: {}", told(&error)));
-    Ok(Held { gate, drain, frozen: begun.elapsed(), warning })
+    if let Err(error) = stopped.go_on() {
+        warnings.push(format!("the file system was not thawed: {}", told(&error)));
+    }
+    Ok(Held { gate, drain, frozen: begun.elapsed(), warnings, in_doubt })
 }
 
-/// Takes back what was prepared. The old descriptor is put in place first: only then can no descriptor name the file.
-fn undo(bundle: &dyn Bundle, descriptor: &mut DiskDescriptor, file: &str, error: Error) -> Error {
-    if error.kind() == ErrorKind::OutcomeUnknown
-        && let Err(again) = descriptor.store(bundle.folder())
-    {
-        return error.advise(format!(
-            "the disk goes on without the snapshot, and which descriptor is there is not known ({again}): unmount the \
-             disk, repair the host's file system, and look whether {file} is empty"
-        ));
+/// Makes the descriptor durable that is in place; what went wrong on the way.
+fn settle(
+    bundle: &dyn Bundle,
+    renamed: Option<RenamedDescriptor<'_>>,
+    after: &DiskDescriptor,
+) -> Result<Option<String>> {
+    let Some(error) = renamed.and_then(|renamed| renamed.settle().err()) else { return Ok(None) };
+    match after.store(bundle.folder()) {
+        Ok(()) => Ok(Some(format!("the descriptor had to be written a second time: {}", told(&error)))),
+        Err(again) => Err(at_descriptor(bundle)(error).advise(format!(
+            "the disk goes on with the snapshot, but whether it has one after a power loss is not known ({again}), and nothing is \
+             promised to be durable any more: unmount it, repair the host's file system, and mount it again"
+        ))),
     }
+}
+
+/// Takes back what was prepared. The chain was not replaced, nor the descriptor.
+fn undo(bundle: &dyn Bundle, descriptor: &mut DiskDescriptor, error: Error) -> Error {
     match remove_obsolete(bundle, descriptor) {
         Ok(()) => error,
         // The descriptor still says so: the next command removes it.

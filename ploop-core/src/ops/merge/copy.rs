@@ -6,6 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Chain, Mapping, PreparedWrite, WriteTarget};
 use crate::io::buffer::is_zero;
 use crate::io::{IoBuf, StorageExt};
+use crate::mutant::{self, Mutant};
 use crate::units::{FileOffset, GuestCluster, GuestOffset};
 
 /// Bytes of one transfer, unless a cluster is larger.
@@ -244,7 +245,9 @@ pub(crate) fn commit(chain: &Chain) -> Result<()> {
     let storage = chain.storage(chain.top());
     let plan = chain.seal();
     let written = (|| {
-        storage.sync_data()?;
+        if !mutant::is_active(Mutant::MergedTableEarly) {
+            storage.sync_data()?;
+        }
         if plan.is_empty() {
             return Ok(());
         }

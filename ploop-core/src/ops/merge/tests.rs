@@ -223,25 +223,51 @@ fn upward_merges_of_the_other_implementation_are_finished() {
         DiskDescriptor::parse(text.as_bytes()).unwrap().store(&folder).unwrap();
         assert_eq!(read(&folder, Guid::TOP), top, "{mark}: readable as it is");
         let mut changed = descriptor(&folder);
-        let reports = complete_in(&folder, &mut changed, &Silent).unwrap();
+        let reports = complete_in(&folder, &mut changed, Asked::Merge, &Silent).unwrap();
         assert_eq!(reports.len(), 1);
         assert_eq!((read(&folder, Guid::TOP), files(&folder)), (top, vec![base_file]), "{mark}");
         assert_eq!(changed.shots().len(), 1);
     }
 }
 
-/// The other way round, a disk with snapshots was made smaller, is no state to merge.
+/// A smaller image above, and on it a larger one that does not hide what lies below: as no program of ours leaves it.
 #[test]
-fn a_smaller_image_above_is_refused_before_anything_changes() {
+fn what_a_later_state_shows_is_not_cut_off() {
     let disk = three(Mode::Expanded);
     let folder = disk.folder();
     let file = descriptor(&folder).image(guid(2)).unwrap().file().to_owned();
     let above = folder.open(&file, Access::ReadWrite).unwrap();
-    above.write_all_at(36, &(64u64 * 15).to_le_bytes()).unwrap();
-    above.sync_data().unwrap();
-    let error = merge_it(&folder, &options(Some(2))).unwrap_err();
-    assert!(error.kind() == ErrorKind::Parameter && error.advice().is_some(), "{error}");
-    assert!(descriptor(&folder).shots().iter().all(|shot| shot.transition().is_none()));
+    // Cluster 9 of the base is hidden by the top, cluster 2 is not.
+    for (clusters, is_shown) in [(2u64, true), (5, false)] {
+        above.write_all_at(36, &(64 * clusters).to_le_bytes()).unwrap();
+        above.write_all_at(32, &u32::try_from(clusters).unwrap().to_le_bytes()).unwrap();
+        above.sync_data().unwrap();
+        if is_shown {
+            write(&folder, &[]);
+            let before = states(&folder);
+            // The top holds cluster 2 itself: take that away.
+            let top =
+                folder.open(descriptor(&folder).image(Guid::TOP).unwrap().file(), Access::ReadWrite).unwrap();
+            let mut entry = [0; 4];
+            top.read_exact_at(64 + 8, &mut entry).unwrap();
+            top.write_all_at(64 + 8, &[0; 4]).unwrap();
+            top.sync_data().unwrap();
+            assert_eq!(read(&folder, Guid::TOP)[2], 1, "it shows the base");
+            for new_file in [None, Some("new".to_owned())] {
+                let error = merge_it(&folder, &MergeOptions { new_file, ..options(Some(2)) }).unwrap_err();
+                assert!(error.kind() == ErrorKind::Parameter && error.advice().is_some(), "{error}");
+            }
+            assert!(descriptor(&folder).shots().iter().all(|shot| shot.transition().is_none()));
+            top.write_all_at(64 + 8, &entry).unwrap();
+            top.sync_data().unwrap();
+            assert_eq!(states(&folder), before);
+            continue;
+        }
+        let before = states(&folder);
+        merge_it(&folder, &options(Some(2))).unwrap();
+        let after = states(&folder);
+        assert!(after.len() == 2 && after.iter().all(|state| before.contains(state)), "{after:?}");
+    }
 }
 
 /// A disk whose current state is larger than its snapshots: the last cluster is new.

@@ -226,3 +226,24 @@ fn a_chain_of_the_original() {
     let unknown = OpenOptions { snapshot: Some(Guid::random()), ..snapshot };
     assert_eq!(kind(open(&unknown)), ErrorKind::NoSnapshot);
 }
+
+#[test]
+fn who_may_answer_flushes_has_made_the_descriptor_durable() {
+    // Its last writer may have been killed in front of that.
+    let place = bundle(Mode::Expanded);
+    let failing = |access| {
+        file::FOLDER_SYNC.set(Some(libc::EIO));
+        let opened = open(&options(place.path(), access));
+        let locked = lock(&options(place.path(), access)).map(|_| ());
+        file::FOLDER_SYNC.set(None);
+        (opened, locked)
+    };
+    let (opened, locked) = failing(Access::ReadWrite);
+    assert_eq!(kind(opened), ErrorKind::Sync);
+    assert_eq!(locked.unwrap_err().kind(), ErrorKind::Sync);
+    // Nobody is told anything by a reader.
+    let (opened, locked) = failing(Access::ReadOnly);
+    opened.unwrap();
+    locked.unwrap();
+    open(&options(place.path(), Access::ReadWrite)).unwrap();
+}

@@ -229,17 +229,43 @@ fn a_disk_with_snapshots_grows_in_its_top_only() {
         "what others share is not touched"
     );
     fill(&disk, [699, 100]);
-    let error = run(&disk, &ResizeOptions { shrink: Shrink::Discard, ..options(60) }).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Parameter, "{error}");
+    let before = guest(&disk);
+    run(&disk, &ResizeOptions { shrink: Shrink::Discard, ..options(50) }).unwrap();
+    assert_resized(&disk, 50, &before);
+    assert_eq!(content(&disk.open(NAME, Access::ReadOnly).unwrap()), base);
+    // What the top and the snapshot had there does not come back.
+    run(&disk, &options(700)).unwrap();
+    assert_resized(&disk, 700, &before[..50 * 512]);
 }
 
 #[test]
 fn bytes_of_a_larger_snapshot_do_not_come_to_light() {
-    let disk = with_snapshot(100, 60);
-    let before = guest(&disk);
-    let error = run(&disk, &options(80)).unwrap_err();
+    // With and without clusters of the top in the way of its longer table.
+    for to in [80, 100, 400] {
+        let disk = with_snapshot(100, 60);
+        fill(&disk, [3, 4, 5, 6, 7]);
+        let before = guest(&disk);
+        run(&disk, &options(to)).unwrap();
+        assert_resized(&disk, to, &before);
+        fill(&disk, [70]);
+        assert_eq!(guest(&disk)[70 * 512], byte_of(70));
+    }
+    for to in [80, 400] {
+        hunt(&|| with_snapshot(100, 60), &options(to), None, true).unwrap();
+    }
+    let smaller = ResizeOptions { shrink: Shrink::Discard, ..options(20) };
+    hunt(&|| with_snapshot(100, 60), &smaller, None, true).unwrap();
+}
+
+#[test]
+fn only_an_empty_end_goes_unasked() {
+    let disk = with_snapshot(60, 60);
+    let if_empty = |clusters| ResizeOptions { shrink: Shrink::IfEmpty, ..options(clusters) };
+    // The top holds nothing, but its snapshot does.
+    let error = run(&disk, &if_empty(50)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Parameter, "{error}");
-    assert_eq!(guest(&disk), before);
+    run(&disk, &options(90)).unwrap();
+    run(&disk, &if_empty(60)).unwrap();
 }
 
 #[test]

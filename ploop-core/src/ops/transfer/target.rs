@@ -4,25 +4,65 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
-use crate::format::{Chain, PreparedWrite, WriteTarget};
+use crate::format::{Chain, Mapping, PreparedWrite, WriteTarget};
 use crate::io::buffer::is_zero;
-use crate::io::{Storage, StorageExt};
-use crate::units::{FileOffset, GuestCluster};
+use crate::io::{Allocation, Storage, StorageExt};
+use crate::units::{FileOffset, GuestCluster, GuestOffset};
 
 use super::{Digest, Presence};
 
 /// Runs of zeros of this many bytes, aligned to it, become holes of a raw file: the block of common file systems.
 const HOLE_BYTES: usize = 4096;
 
+/// Runs of at least this many bytes get their blocks before they are written: file systems let several writes go on at
+/// once only where there are blocks.
+const RESERVE_BYTES: usize = 1 << 20;
+
 /// A file under construction, or a finished one that is read back. Used from several threads.
 pub(in crate::ops) trait Target: Sync {
     /// The smallest range that is stored or not; a power of two or a cluster.
     fn unit_bytes(&self) -> u64;
     /// Stores a piece that begins at a multiple of the unit and is whole units long; `presence` says what the source
-    /// has of a unit. Returns the digest of what was stored.
-    fn put(&self, at: u64, bytes: &[u8], presence: &dyn Fn(Extent) -> Presence) -> Result<Digest>;
+    /// has of a unit. With `digest`, returns that of what was stored.
+    fn put(
+        &self,
+        at: u64,
+        bytes: &[u8],
+        presence: &dyn Fn(Extent) -> Presence,
+        digest: bool,
+    ) -> Result<Option<Digest>>;
+    /// Makes durable what was put before.
+    fn sync(&self) -> Result<()>;
     /// Reads a piece back, into `buffer`, and gives the digest that [`put`](Self::put) has given.
     fn digest(&self, piece: Extent, buffer: &mut [u8]) -> Result<Digest>;
+}
+
+/// Where the clusters of an image are: what its table says, as a digest. Nothing of a raw file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::ops) struct Layout(Option<Digest>);
+
+impl Layout {
+    /// Of a raw file.
+    pub(in crate::ops) const RAW: Self = Self(None);
+
+    /// Of the one image of a chain.
+    pub(in crate::ops) fn of(chain: &Chain) -> Self {
+        let (end, cluster_bytes) = (chain.geometry().disk_bytes(), chain.geometry().cluster_bytes());
+        let mut hasher = blake3::Hasher::new();
+        let mut at = 0;
+        while at < end {
+            let mapping = chain.map(GuestOffset(at), end - at);
+            let run_end = at.saturating_add(mapping.len()).min(end);
+            if let Mapping::Data { offset, .. } = mapping {
+                let clusters = (at..run_end).step_by(usize::try_from(cluster_bytes).unwrap_or(usize::MAX));
+                for cluster in clusters {
+                    hasher.update(&cluster.to_le_bytes()).update(&(offset.0 + (cluster - at)).to_le_bytes());
+                }
+            }
+            at = run_end;
+        }
+        Self(Some(*hasher.finalize().as_bytes()))
+    }
 }
 
 /// A new image, alone in its chain: of a delta, what is below it does not matter here.
@@ -78,10 +118,16 @@ impl Target for ImageTarget {
         self.chain.geometry().cluster_bytes()
     }
 
-    fn put(&self, at: u64, bytes: &[u8], presence: &dyn Fn(Extent) -> Presence) -> Result<Digest> {
+    fn put(
+        &self,
+        at: u64,
+        bytes: &[u8],
+        presence: &dyn Fn(Extent) -> Presence,
+        digest: bool,
+    ) -> Result<Option<Digest>> {
         let cluster_bytes = self.unit_bytes();
         let (unit, first) = (to_usize(cluster_bytes)?, cluster_number(at, cluster_bytes)?);
-        let mut hasher = blake3::Hasher::new();
+        let mut hasher = digest.then(blake3::Hasher::new);
         let mut stored = Vec::new();
         for (index, cluster) in (first..).zip(bytes.chunks_exact(unit)) {
             let start = u64::from(index) * cluster_bytes;
@@ -91,7 +137,9 @@ impl Target for ImageTarget {
                 Presence::Over => true,
             };
             if kept {
-                hasher.update(&index.to_le_bytes()).update(cluster);
+                if let Some(hasher) = &mut hasher {
+                    hasher.update(&index.to_le_bytes()).update(cluster);
+                }
                 stored.push(index);
             }
         }
@@ -122,7 +170,14 @@ impl Target for ImageTarget {
             }
             from = to;
         }
-        Ok(*hasher.finalize().as_bytes())
+        Ok(hasher.map(|hasher| *hasher.finalize().as_bytes()))
+    }
+
+    fn sync(&self) -> Result<()> {
+        let top = self.chain.top();
+        self.chain.storage(top).sync_data().map_err(|cause| {
+            Error::io(ErrorKind::Sync, "sync the new image", cause).at_path(self.chain.name(top))
+        })
     }
 
     fn digest(&self, piece: Extent, buffer: &mut [u8]) -> Result<Digest> {
@@ -230,7 +285,7 @@ impl RawTarget {
         self.storage
             .set_len(len)
             .map_err(|cause| Error::io(ErrorKind::Truncate, "give the raw file its length", cause))?;
-        self.storage.sync_data().map_err(|cause| Error::io(ErrorKind::Sync, "sync the raw file", cause))
+        self.sync()
     }
 }
 
@@ -239,7 +294,13 @@ impl Target for RawTarget {
         HOLE_BYTES as u64
     }
 
-    fn put(&self, at: u64, bytes: &[u8], _presence: &dyn Fn(Extent) -> Presence) -> Result<Digest> {
+    fn put(
+        &self,
+        at: u64,
+        bytes: &[u8],
+        _presence: &dyn Fn(Extent) -> Presence,
+        digest: bool,
+    ) -> Result<Option<Digest>> {
         let len = to_usize(self.len.saturating_sub(at).min(bytes.len() as u64))?;
         let bytes = &bytes[..len];
         let mut from = 0;
@@ -249,19 +310,31 @@ impl Target for RawTarget {
             let run: usize = blocks(from).take_while(|block| !is_zero(block)).map(<[u8]>::len).sum();
             if run > 0 {
                 let offset = at + from as u64;
+                if run >= RESERVE_BYTES {
+                    self.storage.allocate(offset, run as u64, Allocation::Reserve).map_err(|cause| {
+                        Error::io(ErrorKind::Allocate, "reserve blocks of the raw file", cause)
+                            .at_offset(offset)
+                            .advise("make room on the host file system")
+                    })?;
+                }
                 self.storage.write_all_at(offset, &bytes[from..from + run]).map_err(|cause| {
                     Error::io(ErrorKind::Write, "write the raw file", cause).at_offset(offset)
                 })?;
             }
             from += run;
         }
-        Ok(digest_of(bytes))
+        Ok(digest.then(|| digest_of(bytes)))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.storage.sync_data().map_err(|cause| Error::io(ErrorKind::Sync, "sync the raw file", cause))
     }
 
     fn digest(&self, piece: Extent, buffer: &mut [u8]) -> Result<Digest> {
         let len = to_usize(piece.end().min(self.len).saturating_sub(piece.start()))?.min(buffer.len());
         let buffer = &mut buffer[..len];
-        self.storage.read_exact_at(piece.start(), buffer).map_err(|cause| {
+        // Zeros at the end were not written: the file gets its length last.
+        self.storage.read_padded_at(piece.start(), buffer).map_err(|cause| {
             Error::io(ErrorKind::Read, "read back what was written", cause).at_offset(piece.start())
         })?;
         Ok(digest_of(buffer))

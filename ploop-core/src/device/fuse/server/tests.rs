@@ -324,19 +324,22 @@ fn without_a_free_buffer_a_thread_sleeps() {
     use std::time::Duration;
     let options = ServerOptions { large_buffers: 2, small_buffers: 1, ..ServerOptions::default() };
     let kernel = Kernel::new(&options, false);
-    let frozen = kernel.disk.freeze(Duration::from_secs(5)).unwrap();
+    let frozen = kernel.disk.freeze(Duration::from_secs(300)).unwrap();
     // Held at the gate, they keep their buffers.
     for unique in 1..=6 {
         kernel.send(unique, 16, &transfer(unique * 131_072, 131_072), &vec![7; 131_072]);
     }
-    std::thread::sleep(Duration::from_millis(100));
-    let before = busy_ns();
-    std::thread::sleep(Duration::from_millis(500));
-    let after = busy_ns();
-    for (thread, busy) in before {
-        let spent = after.get(&thread).map_or(0, |after| after - busy);
-        assert!(spent < 100_000_000, "{thread} was busy for {spent} ns of 500 ms");
-    }
+    // Those of other tests may be busy for a while; one that never sleeps always is.
+    let mut busiest = 0;
+    let has_slept = (0..60).any(|_| {
+        let before = busy_ns();
+        std::thread::sleep(Duration::from_millis(500));
+        let after = busy_ns();
+        let spent = |(thread, busy): (&String, &u64)| after.get(thread).map_or(0, |after| after - busy);
+        busiest = before.iter().map(spent).max().unwrap_or(0);
+        busiest < 100_000_000
+    });
+    assert!(has_slept, "a thread was busy for {busiest} ns of 500 ms");
     drop(frozen);
     for _ in 1..=6 {
         assert_eq!(kernel.receive().errno, 0);
