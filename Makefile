@@ -8,6 +8,7 @@
 #   make chaos    copies under fire: cut, flipped, stalled and killed
 #   make fuzz     every fuzzer for a while
 #   make bench    the figures of docs/benchmarks.md, measured here against other programs
+#   make guest    the tests of mounted disks in a virtual machine, which GUEST=PROGRAM starts (ploop-cli/tests/in_guest.sh)
 #   make docs     the crates' documentation
 #   make nightly  the long versions of all tests
 
@@ -17,7 +18,7 @@ TEST_PACKAGES := e2fsprogs xfsprogs fio gdisk qemu-utils zstd util-linux
 BENCH_PACKAGES := rsync libnbd-bin qemu-system-common nbdkit
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: demo test check crash chaos fuzz bench docs nightly loom packages bench-packages clean
+.PHONY: demo test check crash chaos fuzz bench guest docs nightly loom packages bench-packages clean
 
 demo: packages
 	@$(CARGO) build --release --quiet --package ploop-cli --package pcopy --example demo
@@ -52,6 +53,9 @@ bench: packages bench-packages
 	$(CARGO) build --release --quiet --workspace
 	$(CARGO) run --release --quiet --package ploop-benches
 
+guest: packages
+	GUEST="$(GUEST)" ploop-cli/tests/in_guest.sh $(TESTS)
+
 docs:
 	$(CARGO) doc --workspace --no-deps
 
@@ -60,7 +64,7 @@ nightly: packages check
 	PLOOP_CRASH_STATES=50000000 PLOOP_CRASH_OPS_STATES=50000 PLOOP_HISTORIES=50000 PLOOP_MODEL_CASES=2000000 \
 	  ROUNDS=3000 PLOOP_FUZZ_SECONDS=3000 PLOOP_CHAOS_TRIALS=10000 PROPTEST_CASES=20000 \
 	  $(CARGO) test --workspace --release
-	$(MAKE) --no-print-directory loom
+	$(MAKE) --no-print-directory loom guest
 	@cat target/tmp/counts/*.txt
 
 define install_missing
