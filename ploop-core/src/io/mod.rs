@@ -18,6 +18,7 @@ pub mod file;
 pub mod latch;
 pub mod lock;
 pub mod map;
+pub mod openers;
 pub mod ownership;
 pub mod pool;
 #[cfg(any(test, feature = "testing"))]
