@@ -18,6 +18,15 @@ TEST_PACKAGES := e2fsprogs xfsprogs fio gdisk qemu-utils zstd util-linux
 BENCH_PACKAGES := rsync libnbd-bin qemu-system-common nbdkit
 export CARGO_TERM_COLOR ?= auto
 
+# What a run of the tests counted, skipped and found, and what shows it: a mutant that was not found is a failure.
+TARGET_FOLDER := $(or $(CARGO_TARGET_DIR),target)
+RECORDS := $(addprefix $(TARGET_FOLDER)/tmp/,counts skips mutants)
+define SHOW_RECORDS
+@cat $(TARGET_FOLDER)/tmp/counts/*.txt
+@$(CARGO) run --quiet --package ploop-core --example mutants
+@$(CARGO) run --quiet --package ploop-testing --bin skips
+endef
+
 .PHONY: demo test check crash chaos fuzz bench guest docs nightly loom packages bench-packages clean
 
 demo: packages
@@ -25,10 +34,10 @@ demo: packages
 	@./target/release/examples/demo
 
 test: packages check
-	@rm -rf target/tmp/counts
+	@rm -rf $(RECORDS)
 	$(CARGO) test --workspace --quiet
 	$(MAKE) --no-print-directory loom
-	@cat target/tmp/counts/*.txt
+	$(SHOW_RECORDS)
 
 check:
 	$(CARGO) fmt --all --check
@@ -60,12 +69,12 @@ docs:
 	$(CARGO) doc --workspace --no-deps
 
 nightly: packages check
-	@rm -rf target/tmp/counts
+	@rm -rf $(RECORDS)
 	PLOOP_CRASH_STATES=50000000 PLOOP_CRASH_OPS_STATES=50000 PLOOP_HISTORIES=50000 PLOOP_MODEL_CASES=2000000 \
 	  ROUNDS=3000 PLOOP_FUZZ_SECONDS=3000 PLOOP_CHAOS_TRIALS=10000 PROPTEST_CASES=20000 \
 	  $(CARGO) test --workspace --release
 	$(MAKE) --no-print-directory loom guest
-	@cat target/tmp/counts/*.txt
+	$(SHOW_RECORDS)
 
 define install_missing
 	@missing=""; for package in $(1); do \

@@ -257,7 +257,10 @@ fn has_qemu_img() -> bool {
 #[test]
 fn every_state_keeps_its_own_size() {
     if !has_qemu_img() {
-        println!("SKIP: without qemu-img the images are judged by our own check alone");
+        ploop_testing::skip(
+            ploop_testing::Need::Program("qemu-img"),
+            "without qemu-img the images are judged by our own check alone",
+        );
     }
     for (seed, sizes) in [(1, [6, 10, 10]), (2, [10, 6, 3]), (3, [6, 3, 12]), (4, [3, 12, 6])] {
         let root = referee::folder();
@@ -423,7 +426,7 @@ fn a_destination_without_space_ends_the_copy_of_deltas_cleanly() {
     let (mut refused, mut whole) = (0, 0);
     for kib in [700, 1500, 2500, 3500, 5000, 40_000] {
         let Some(small) = Small::mount(root.path().join(format!("small-{kib}")), kib << 10) else {
-            println!("SKIP: no file system of a given size can be mounted");
+            ploop_testing::skip(ploop_testing::Need::Other, "no file system of a given size can be mounted");
             break;
         };
         let chain = served.disk.chain();

@@ -434,7 +434,7 @@ fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
     let mounted = match Mounted::new(root.path()) {
         Ok(mounted) => mounted,
         Err(reason) => {
-            println!("SKIP: {reason}");
+            ploop_testing::skip(ploop_testing::Need::Other, reason);
             return;
         }
     };

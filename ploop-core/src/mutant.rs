@@ -4,9 +4,23 @@
 //! where the rule could be broken; without the feature "testing" the answer is a constant `false` and the question
 //! costs nothing. The crash simulator runs single-threaded, so a mutant is active for one thread only.
 
-/// One broken rule (numbers of the test programme, section 1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Mutant {
+/// Writes the list once: every mutant that there is, is gone through wherever all are.
+macro_rules! mutants {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// One broken rule (numbers of the test programme, section 1).
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Mutant {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Mutant {
+            /// Every mutant. `examples/mutants.rs` asks of each whether the last test run found it.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+        }
+    };
+}
+
+mutants! {
     /// M1: table written before the sync that makes content durable.
     TableBeforeContentSync,
     /// M2: that first sync left out.
@@ -75,46 +89,6 @@ pub enum Mutant {
     GrownUnhidden,
     /// A flush answered after a new chain took over and before its descriptor is durable.
     FlushBeforeSettled,
-}
-
-impl Mutant {
-    /// Every mutant.
-    pub const ALL: [Self; 34] = [
-        Self::TableBeforeContentSync,
-        Self::NoContentSync,
-        Self::SingleSync,
-        Self::PublishBeforeComplete,
-        Self::ReuseBeforeClearDurable,
-        Self::PunchAfterReuse,
-        Self::ClosedBeforeLastSync,
-        Self::RenameUnsyncedFile,
-        Self::RenameWithoutFolderSync,
-        Self::StaleHeaderSector,
-        Self::SyncErrorIgnored,
-        Self::SyncRetried,
-        Self::ExtensionNotSynced,
-        Self::RepairNotRepeatable,
-        Self::CopyUpMisplaced,
-        Self::MarkBeforeWrite,
-        Self::LoggedApart,
-        Self::MoveNotSynced,
-        Self::HeaderBeforeTableSync,
-        Self::InPlaceUnsynced,
-        Self::FormerReadsForgotten,
-        Self::NewImageUnsynced,
-        Self::NewNameUnsynced,
-        Self::NotAnnounced,
-        Self::MergeUnmarked,
-        Self::MergedTableEarly,
-        Self::CommitBeforeMerge,
-        Self::RemovedBeforeCommit,
-        Self::SmallerBeforeDescriptor,
-        Self::LargerBeforeImage,
-        Self::CutBeforeTableSync,
-        Self::ConvertUnplanned,
-        Self::GrownUnhidden,
-        Self::FlushBeforeSettled,
-    ];
 }
 
 #[cfg(any(test, feature = "testing"))]

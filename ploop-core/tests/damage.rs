@@ -631,6 +631,7 @@ fn a_repair_that_does_not_survive_being_cut_is_noticed() {
     let found = cut_everywhere(Shape::v2(), CrashLevel::Sectors);
     activate(None);
     assert!(found.is_err(), "mutant M14 lives");
+    ploop_testing::found(Mutant::RepairNotRepeatable);
 }
 
 #[test]

@@ -61,7 +61,10 @@ fn bundle(name: &str) -> Option<(referee::JudgedFolder, PathBuf)> {
     let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(2).take(2);
     let archives = above.map(|folder| folder.join("shared/golden").join(format!("{name}.tar.zst")));
     let Some(archive) = archives.into_iter().find(|archive| archive.exists()) else {
-        println!("SKIP: the bundle {name} of the original is not here");
+        ploop_testing::skip(
+            ploop_testing::Need::Other,
+            format!("the bundle {name} of the original is not here"),
+        );
         return None;
     };
     let folder = referee::folder();
@@ -71,7 +74,10 @@ fn bundle(name: &str) -> Option<(referee::JudgedFolder, PathBuf)> {
             Some((folder, inside))
         }
         other => {
-            println!("SKIP: tar with zstd is needed to unpack {name}: {other:?}");
+            ploop_testing::skip(
+                ploop_testing::Need::Program("zstd"),
+                format!("tar with zstd is needed to unpack {name}: {other:?}"),
+            );
             None
         }
     }
@@ -296,7 +302,7 @@ fn bundles_of_the_original_can_be_written() {
 fn has(tool: &str) -> bool {
     let found = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if !found.is_ok_and(|status| status.success()) {
-        println!("SKIP: {tool} is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program(tool), format!("{tool} is not installed"));
         return false;
     }
     true

@@ -35,7 +35,7 @@ fn has(tool: &str) -> bool {
     let found =
         Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     if !found {
-        println!("SKIP: {tool} is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program(tool), format!("{tool} is not installed"));
     }
     found
 }
@@ -250,14 +250,14 @@ fn an_image_that_the_original_grew_grows_on() {
     let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(2).take(2);
     let mut archives = above.map(|folder| folder.join("shared/golden/grown-v2-32k.tar.zst"));
     let Some(archive) = archives.find(|archive| archive.exists()) else {
-        println!("SKIP: the files of the original are not here");
+        ploop_testing::skip(ploop_testing::Need::Other, "the files of the original are not here");
         return;
     };
     let folder = tempfile::tempdir().unwrap();
     let unpacked =
         Command::new("tar").arg("--zstd").arg("-xf").arg(&archive).arg("-C").arg(folder.path()).status();
     if !unpacked.is_ok_and(|status| status.success()) {
-        println!("SKIP: tar cannot unpack zstd archives");
+        ploop_testing::skip(ploop_testing::Need::Program("zstd"), "tar cannot unpack zstd archives");
         return;
     }
     let descriptor = std::fs::read_dir(folder.path()).unwrap().find_map(|entry| {

@@ -555,7 +555,7 @@ fn real_files_by_threads() {
 #[test]
 fn real_files_by_io_uring() {
     if !UringQueue::probe() {
-        println!("SKIP: this kernel has no io_uring for us");
+        ploop_testing::skip(ploop_testing::Need::IoUring, "this kernel has no io_uring for us");
         return;
     }
     real_files(QueueChoice::Uring, Caching::Cached);

@@ -26,7 +26,7 @@ const CLUSTER: u64 = 65_536;
 fn has(tool: &str) -> bool {
     let found = Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_ok();
     if !found {
-        println!("SKIP: {tool} is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program(tool), format!("{tool} is not installed"));
     }
     found
 }

@@ -384,6 +384,7 @@ fn what_was_written_in_place_is_durable_before_another_top_takes_over() {
     for fua in [false, true] {
         assert!(old_top_is_synced(None, fua));
         assert!(!old_top_is_synced(Some(Mutant::InPlaceUnsynced), fua), "and would be noticed");
+        ploop_testing::found(Mutant::InPlaceUnsynced);
     }
 }
 
@@ -426,4 +427,5 @@ fn former_read(mutant: Option<Mutant>) -> u8 {
 fn a_freed_place_is_kept_while_a_read_of_a_former_chain_is_at_it() {
     assert_eq!(former_read(None), 1);
     assert_eq!(former_read(Some(Mutant::FormerReadsForgotten)), 9, "and would be noticed");
+    ploop_testing::found(Mutant::FormerReadsForgotten);
 }

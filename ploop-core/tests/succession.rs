@@ -411,4 +411,5 @@ fn records_apart_from_their_changes_are_noticed() {
     let schedule = [&[FLUSHER, CHANGER, CHANGER, CHANGER][..], &[FLUSHER; MOVES_OF_A_ROUND]].concat();
     let verdict = play(&schedule[..schedule.len() - 2], Some(Mutant::LoggedApart));
     assert!(matches!(verdict, Some(Err(_))), "the mutant lives: {verdict:?}");
+    ploop_testing::found(Mutant::LoggedApart);
 }

@@ -268,6 +268,9 @@ fn same_images(one: &Path, other: &Path) {
     let compare = ["compare", "-f", "parallels", "-F", "parallels"];
     match Command::new("qemu-img").args(compare).args([one, other]).output() {
         Ok(ran) => assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stdout)),
-        Err(_) => println!("SKIP: no qemu-img to compare the base images"),
+        Err(_) => ploop_testing::skip(
+            ploop_testing::Need::Program("qemu-img"),
+            "no qemu-img to compare the base images",
+        ),
     }
 }

@@ -117,7 +117,7 @@ fn source_and_copy_are_equal_byte_for_byte_at_the_freeze() {
 fn has_xfs() -> bool {
     for (tool, option) in [("mkfs.xfs", "-V"), ("xfs_repair", "-V")] {
         if !Command::new(tool).arg(option).output().is_ok_and(|output| output.status.success()) {
-            println!("SKIP: {tool} is not installed");
+            ploop_testing::skip(ploop_testing::Need::Program(tool), format!("{tool} is not installed"));
             return false;
         }
     }
@@ -128,7 +128,7 @@ fn has_xfs() -> bool {
     }
     let has_it = kernel().contains("xfs");
     if !has_it {
-        println!("SKIP: the kernel has no xfs");
+        ploop_testing::skip(ploop_testing::Need::FileSystem("xfs"), "the kernel has no xfs");
     }
     has_it
 }

@@ -129,7 +129,7 @@ fn init_makes_all_or_nothing() {
 #[test]
 fn init_of_a_file_system_says_that_it_needs_root() {
     if !nix::unistd::geteuid().is_root() {
-        println!("SKIP: becoming another user needs root");
+        ploop_testing::skip(ploop_testing::Need::Root, "becoming another user needs root");
         return;
     }
     let folder = crate::referee::folder();

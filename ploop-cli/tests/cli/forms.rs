@@ -105,7 +105,7 @@ fn options_of_other_formats_that_name_files_are_refused() {
 fn options_reach_qemu_img_and_what_was_left_over_goes() {
     let Some(stage) = stage() else { return };
     if Command::new("qemu-img").arg("--version").output().is_err() {
-        println!("SKIP: qemu-img is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program("qemu-img"), "qemu-img is not installed");
         return;
     }
     let source = text(&stage.path("input"));
@@ -177,7 +177,7 @@ fn files_that_stand_on_others_are_not_imported() {
     let create =
         |line: &[&str]| Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).args(line).status();
     if !create(&[&base, "8M"]).is_ok_and(|status| status.success()) {
-        println!("SKIP: qemu-img is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program("qemu-img"), "qemu-img is not installed");
         return;
     }
     assert!(create(&["-b", &base, "-F", "qcow2", &top]).unwrap().success());

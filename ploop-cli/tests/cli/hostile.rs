@@ -374,7 +374,7 @@ fn devices_and_other_files_where_a_disk_is_expected() {
     }
     assert!(before.is_char_device());
     if !is_root() {
-        println!("SKIP: a block device needs root");
+        ploop_testing::skip(ploop_testing::Need::Root, "a block device needs root");
         return;
     }
     // A loop device in the place of an image: only where somebody says so.
@@ -384,7 +384,7 @@ fn devices_and_other_files_where_a_disk_is_expected() {
     fs::rename(&base, &backing).unwrap();
     let found = Command::new("losetup").args(["-f", "--show", text(&backing)]).output();
     let Some(found) = found.ok().filter(|found| found.status.success()) else {
-        println!("SKIP: no loop device");
+        ploop_testing::skip(ploop_testing::Need::Other, "no loop device");
         return;
     };
     let device = String::from_utf8(found.stdout).unwrap().trim().to_owned();
@@ -399,7 +399,7 @@ fn devices_and_other_files_where_a_disk_is_expected() {
     let made =
         nix::sys::stat::mknod(&base, nix::sys::stat::SFlag::S_IFBLK, nix::sys::stat::Mode::S_IRWXU, number);
     if made.is_err() {
-        println!("SKIP: no device can be made here");
+        ploop_testing::skip(ploop_testing::Need::Other, "no device can be made here");
         return;
     }
     // A device may be looked at; it is never written as an image of a descriptor.
@@ -426,7 +426,7 @@ fn mount(line: &[&str]) -> bool {
 #[test]
 fn media_that_take_no_writes() {
     if !is_root() {
-        println!("SKIP: a read-only mount needs root");
+        ploop_testing::skip(ploop_testing::Need::Root, "a read-only mount needs root");
         return;
     }
     let place = crate::referee::folder();
@@ -435,12 +435,12 @@ fn media_that_take_no_writes() {
     let point = place.path().join("point");
     fs::create_dir(&point).unwrap();
     if !mount(&["--bind", text(&folder), text(&point)]) {
-        println!("SKIP: no bind mounts here");
+        ploop_testing::skip(ploop_testing::Need::Other, "no bind mounts here");
         return;
     }
     let _mounted = Mount(point.clone());
     if !mount(&["-o", "remount,bind,ro", text(&point)]) {
-        println!("SKIP: no read-only bind mounts here");
+        ploop_testing::skip(ploop_testing::Need::Other, "no read-only bind mounts here");
         return;
     }
     let other = place.path().join("other");
@@ -471,14 +471,14 @@ fn media_that_take_no_writes() {
 #[test]
 fn hosts_that_are_full() {
     if !is_root() {
-        println!("SKIP: a small host needs root");
+        ploop_testing::skip(ploop_testing::Need::Root, "a small host needs root");
         return;
     }
     let place = crate::referee::folder();
     let point = place.path().join("host");
     fs::create_dir(&point).unwrap();
     if !mount(&["-t", "tmpfs", "-o", "size=16m", "ploop-test", text(&point)]) {
-        println!("SKIP: no tmpfs can be mounted here");
+        ploop_testing::skip(ploop_testing::Need::Other, "no tmpfs can be mounted here");
         return;
     }
     let _mounted = Mount(point.clone());

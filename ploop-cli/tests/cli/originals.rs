@@ -25,7 +25,7 @@ fn original(name: &str) -> Option<PathBuf> {
     let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(2).take(2);
     let found = above.map(|folder| folder.join("shared/golden").join(name)).find(|path| path.exists());
     if found.is_none() {
-        println!("SKIP: {name} of the original is not here");
+        ploop_testing::skip(ploop_testing::Need::Other, format!("{name} of the original is not here"));
     }
     found
 }
@@ -37,7 +37,10 @@ fn unpack(stage: &Stage, name: &str) -> Option<PathBuf> {
     match tar.arg("--zstd").arg("-xf").arg(&archive).arg("-C").arg(stage.path("")).status() {
         Ok(status) if status.success() => Some(stage.path(name)),
         other => {
-            println!("SKIP: tar with zstd is needed to unpack {name}: {other:?}");
+            ploop_testing::skip(
+                ploop_testing::Need::Program("zstd"),
+                format!("tar with zstd is needed to unpack {name}: {other:?}"),
+            );
             None
         }
     }
@@ -96,7 +99,10 @@ fn a_stream_of_the_original_is_received() {
     let stream = match unpacked {
         Ok(output) if output.status.success() => output.stdout,
         other => {
-            println!("SKIP: zstd is needed to unpack the stream: {:?}", other.map(|output| output.status));
+            ploop_testing::skip(
+                ploop_testing::Need::Program("zstd"),
+                format!("zstd is needed to unpack the stream: {:?}", other.map(|output| output.status)),
+            );
             return;
         }
     };

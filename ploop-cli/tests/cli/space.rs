@@ -113,7 +113,9 @@ fn a_map_is_that_of_qemu() {
     ploop(&["--json", "map", "--picture", text(&path)]).failed_with(38, &["picture"]);
     let line = ["map", "-f", "parallels", "--output=json", text(&path)];
     match Command::new("qemu-img").args(line).stdin(Stdio::null()).output() {
-        Err(error) => println!("SKIP: qemu-img: {error}"),
+        Err(error) => {
+            ploop_testing::skip(ploop_testing::Need::Program("qemu-img"), format!("qemu-img: {error}"))
+        }
         Ok(output) => {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             let theirs: Value = serde_json::from_slice(&output.stdout).expect("JSON");

@@ -39,7 +39,7 @@ pub(crate) fn golden(name: &str, text: &str) {
 /// A stage in a new temporary folder, or nothing and the reason printed.
 pub(crate) fn stage() -> Option<Stage> {
     if let Some(reason) = Stage::obstacle() {
-        println!("SKIP: {reason}");
+        ploop_testing::skip(ploop_testing::Need::MountedDisks, reason);
         return None;
     }
     let folder = crate::referee::folder();

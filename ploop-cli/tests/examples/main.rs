@@ -92,7 +92,7 @@ fn run_document(name: &str, blocks: &[Block], report: &mut Report) {
         }
         let obstacle = block.needs.iter().find_map(Need::obstacle);
         if let Some(reason) = &obstacle {
-            println!("SKIP: {name}:{}: {reason}", block.line);
+            ploop_testing::skip(ploop_testing::Need::Other, format!("{name}:{}: {reason}", block.line));
         }
         // What only shows something is nothing that others build on.
         let shown_only = block.needs.iter().any(|need| matches!(need, Need::NotRun(_)));

@@ -51,7 +51,7 @@ impl Ground {
     /// A new one, or nothing with the reason printed.
     pub(crate) fn new() -> Option<Self> {
         if let Some(reason) = obstacle() {
-            println!("SKIP: {reason}");
+            ploop_testing::skip(ploop_testing::Need::MountedDisks, reason);
             return None;
         }
         Some(Self { folder: referee::folder() })

@@ -218,7 +218,7 @@ fn a_device_that_shows_another_disk_by_now_is_left_alone() {
 fn the_first_partition_is_shown_and_the_table_left_alone() {
     let Some(ground) = Ground::new() else { return };
     if Command::new("sgdisk").arg("--version").output().is_err() {
-        println!("SKIP: no sgdisk");
+        ploop_testing::skip(ploop_testing::Need::Program("sgdisk"), "no sgdisk");
         return;
     }
     let raw = ground.path("raw.img");

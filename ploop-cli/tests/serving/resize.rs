@@ -15,7 +15,7 @@ const MIB: u64 = 1 << 20;
 fn has(tool: &str) -> bool {
     let found = Command::new(tool).arg("-V").output().is_ok();
     if !found {
-        println!("SKIP: {tool} is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program(tool), format!("{tool} is not installed"));
     }
     found
 }
@@ -26,7 +26,10 @@ fn may_grow_ext4() -> bool {
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("capabilities");
     let may = u64::from_str_radix(effective.trim(), 16).expect("a number") & 1 << 24 != 0;
     if !may {
-        println!("SKIP: a mounted ext4 does not grow without CAP_SYS_RESOURCE");
+        ploop_testing::skip(
+            ploop_testing::Need::Capability(24),
+            "a mounted ext4 does not grow without CAP_SYS_RESOURCE",
+        );
     }
     may
 }
@@ -344,7 +347,7 @@ fn a_raw_file_grows() {
 #[test]
 fn a_server_killed_while_it_grows_is_succeeded_and_the_command_finishes() {
     if !can_take_over() {
-        println!("SKIP: no successor on this kernel");
+        ploop_testing::skip(ploop_testing::Need::Kernel(6, 9), "no successor on this kernel");
         return;
     }
     let Some(ground) = Ground::new() else { return };

@@ -171,7 +171,10 @@ fn many_snapshots_and_merges_under_load_change_nothing() {
 #[test]
 fn servers_that_die_in_snapshots_and_merges_lose_nothing() {
     if !can_take_over() {
-        println!("SKIP: this kernel cannot repeat requests to a successor");
+        ploop_testing::skip(
+            ploop_testing::Need::Kernel(6, 9),
+            "this kernel cannot repeat requests to a successor",
+        );
         return;
     }
     let Some(ground) = Ground::new() else { return };

@@ -276,7 +276,7 @@ mod tests {
         let Ok(created) =
             Command::new("qemu-img").args(["create", "-q", "-f", "raw"]).arg(&path).arg("1M").status()
         else {
-            println!("SKIP: qemu-img is not installed");
+            ploop_testing::skip(ploop_testing::Need::Program("qemu-img"), "qemu-img is not installed");
             return;
         };
         assert!(created.success());

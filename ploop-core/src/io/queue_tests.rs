@@ -46,7 +46,7 @@ fn benches(depth: u32) -> Vec<Bench> {
         let disk = SimDisk::new(4);
         all.push(simulated("uring without descriptor", &disk, Box::new(UringQueue::new(depth).unwrap())));
     } else {
-        println!("SKIP: io_uring is not available");
+        ploop_testing::skip(ploop_testing::Need::IoUring, "io_uring is not available");
     }
     for (name, caching) in [("pool", Caching::Cached), ("pool, direct", Caching::Direct)] {
         all.push(real(name, Box::new(PoolQueue::new(depth).unwrap()), caching));

@@ -389,7 +389,7 @@ mod tests {
 
     fn queue() -> Option<UringQueue> {
         if !UringQueue::probe() {
-            println!("SKIP: io_uring is not available");
+            ploop_testing::skip(ploop_testing::Need::IoUring, "io_uring is not available");
             return None;
         }
         Some(UringQueue::new(8).unwrap())

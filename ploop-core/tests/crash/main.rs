@@ -23,7 +23,6 @@
     reason = "a test: it stops at the first surprise, and its numbers are small"
 )]
 
-mod counting;
 mod drive;
 mod judge;
 mod model;
@@ -467,7 +466,7 @@ fn tracker_run(judge: &mut Judge, seed: u64) -> Result<(), String> {
 }
 
 fn report(name: &str, judge: &Judge, result: Result<(), String>) {
-    counting::count(
+    ploop_testing::count(
         name,
         &format!(
             "{} distinct states at {} crash points, {} recoveries, {} second crashes, {} with an unreadable sector, {} \
@@ -538,6 +537,7 @@ fn random_workloads(part: u64) {
         outcome = random_run(&mut judge, seed).map(drop);
     }
     report(&format!("random workloads {part}, {} seeds", seed / 2), &judge, outcome);
+    assert!(judge.states >= share, "fewer states than were asked for: {} of {share}", judge.states);
 }
 
 #[test]
@@ -693,10 +693,13 @@ fn mutants_are_found() {
     for mutant in MUTANTS {
         match hunt(mutant) {
             Ok(()) => survivors.push(mutant),
-            Err(violation) => println!("{mutant:?}: {violation}\n"),
+            Err(violation) => {
+                ploop_testing::found(mutant);
+                println!("{mutant:?}: {violation}\n");
+            }
         }
     }
     let found = MUTANTS.len() - survivors.len();
-    counting::count("mutants of the disk", &format!("{found} of {} found", MUTANTS.len()));
+    ploop_testing::count("mutants of the disk", &format!("{found} of {} found", MUTANTS.len()));
     assert!(survivors.is_empty(), "not found: {survivors:?}");
 }

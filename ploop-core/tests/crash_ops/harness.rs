@@ -22,8 +22,8 @@ use ploop_core::io::{Access, Folder};
 use ploop_core::mutant::{Mutant, activate};
 
 use crate::bundle::{Bundle, CLUSTER_SECTORS, View, open_state, unchanged, unnamed};
-use crate::counting::count;
 use crate::reading::{check_length, describe, is_input_error, read_all};
+use ploop_testing::count;
 
 type Operation = Box<dyn Fn(&dyn Folder) -> Result<(), Error>>;
 type Expectation = Box<dyn Fn(&View, &View) -> Result<(), String>>;
@@ -175,7 +175,10 @@ pub(crate) fn hunt(name: &str, cases: Vec<(Mutant, Case)>) {
     for (mutant, case) in cases {
         match explore(&case.breaking(mutant)) {
             Ok(_) => survivors.push(mutant),
-            Err(violation) => println!("{mutant:?}: {violation}\n"),
+            Err(violation) => {
+                ploop_testing::found(mutant);
+                println!("{mutant:?}: {violation}\n");
+            }
         }
     }
     count(&format!("mutants of {name}"), &format!("{} of {all} found", all - survivors.len()));

@@ -16,9 +16,9 @@ use ploop_core::units::Sectors;
 
 use crate::bundle::{CLUSTER_SECTORS, Shape, View, flush, open_state, write};
 use crate::commands::{Command, Form, Model, repair, same};
-use crate::counting::count;
 use crate::pattern::{SECTOR, fill, stamp};
 use crate::reading::describe;
+use ploop_testing::count;
 
 fn told(error: Error) -> String {
     describe(&error)

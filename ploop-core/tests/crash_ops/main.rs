@@ -55,8 +55,6 @@
     reason = "a test: it stops at the first surprise, its numbers are small, and fixtures are for operations to come"
 )]
 
-#[path = "../crash/counting.rs"]
-mod counting;
 #[path = "../crash/pattern.rs"]
 mod pattern;
 #[path = "../crash/reading.rs"]

@@ -22,10 +22,10 @@ use ploop_core::ops::live::{
 
 use crate::bundle::{CLUSTER_SECTORS, Shape, View, guid, open_state, unnamed};
 use crate::commands::{Model, repair};
-use crate::counting::count;
 use crate::live::Simulated;
 use crate::pattern::{SECTOR, fill, stamp, values};
 use crate::reading::describe;
+use ploop_testing::count;
 
 struct Guest {
     client: Client,

@@ -136,6 +136,7 @@ fn no_flush_is_answered_before_the_new_chain_is_durable() {
     assert_eq!(lost_late, 0);
     let (is_early, lost_early, _) = flush_beside_a_snapshot(Some(Mutant::FlushBeforeSettled));
     assert!(is_early && lost_early > 0, "and would be noticed");
+    ploop_testing::found(Mutant::FlushBeforeSettled);
 }
 
 /// Who serves the disk next, after the server was killed at that moment, syncs the folder before it answers any flush.

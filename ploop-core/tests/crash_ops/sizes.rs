@@ -150,6 +150,7 @@ fn the_mutant_is_found() {
     let (name, start) = to_grow_again().remove(0);
     let found = explore(&resizing(&name, start, 9).breaking(Mutant::GrownUnhidden));
     println!("{}", found.expect_err("the mutant was not found"));
+    ploop_testing::found(Mutant::GrownUnhidden);
 }
 
 /// Chains of different sizes, and a snapshot to delete.

@@ -22,10 +22,10 @@ use ploop_core::ops::compact::{CompactOptions, compact_with};
 use ploop_core::ops::live::{DeleteOptions, NoWriters, SnapshotOptions, delete, snapshot};
 
 use crate::bundle::{Shape, View, guid, open_state};
-use crate::counting::count;
 use crate::live::Simulated;
 use crate::pattern::{SECTOR, fill, stamp, values};
 use crate::reading::describe;
+use ploop_testing::count;
 
 const WRITERS: usize = 3;
 /// Sectors of a slot: no divisor of a cluster, so that slots cross clusters.

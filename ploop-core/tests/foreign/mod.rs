@@ -184,7 +184,7 @@ pub(crate) fn content(chain: &Chain) -> Vec<u8> {
 pub(crate) fn has(tool: &str) -> bool {
     let found = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if !found.is_ok_and(|status| status.success()) {
-        println!("SKIP: {tool} is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program(tool), format!("{tool} is not installed"));
         return false;
     }
     true

@@ -71,7 +71,10 @@ impl Drop for JudgedFolder {
 #[track_caller]
 pub fn judge_all(folder: &Path) -> usize {
     if !Command::new("qemu-img").arg("--version").output().is_ok_and(|output| output.status.success()) {
-        println!("SKIP: qemu-img is not installed: nobody else judges the images");
+        ploop_testing::skip(
+            ploop_testing::Need::Program("qemu-img"),
+            "qemu-img is not installed: nobody else judges the images",
+        );
         return 0;
     }
     let device = fs::metadata(folder).expect("examine the folder").dev();

@@ -134,7 +134,10 @@ mod tests {
         assert!(found.iter().all(|byte| *byte == 7));
         std::fs::remove_file(path).unwrap();
         if punch_all(&*image, &mut pace, &Silent).is_none() {
-            eprintln!("SKIP: the file system of the temporary folder punches no holes");
+            ploop_testing::skip(
+                ploop_testing::Need::Other,
+                "the file system of the temporary folder punches no holes",
+            );
             return;
         }
         assert_eq!(image.read_at(0, &mut found).unwrap(), LEN);
@@ -207,11 +210,17 @@ mod tests {
     fn files_that_nobody_has_are_empty_before_they_end() {
         let folder = tempfile::tempdir().unwrap();
         if !punches(folder.path()) {
-            eprintln!("SKIP: the file system of the temporary folder punches no holes");
+            ploop_testing::skip(
+                ploop_testing::Need::Other,
+                "the file system of the temporary folder punches no holes",
+            );
             return;
         }
         if let Some(process) = openers::hidden_process().unwrap() {
-            eprintln!("SKIP: process {process} may not be looked into, and could have the files open");
+            ploop_testing::skip(
+                ploop_testing::Need::Other,
+                format!("process {process} may not be looked into, and could have the files open"),
+            );
             return;
         }
         ops::create(&ops::create::CreateOptions::new(folder.path(), "disk.hds", Sectors(1 << 15))).unwrap();

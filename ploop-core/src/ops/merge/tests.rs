@@ -323,7 +323,7 @@ fn a_chain_of_the_original_merges_to_the_same() {
     for name in ["chain-v2", "merged-v2"] {
         let archive = golden.join(format!("{name}.tar.zst"));
         if !archive.exists() {
-            println!("SKIP: no files of the original");
+            ploop_testing::skip(ploop_testing::Need::Other, "no files of the original");
             return;
         }
         let unpacked =
@@ -354,7 +354,7 @@ fn a_chain_of_the_original_merges_to_the_same() {
     let Ok(checked) =
         Command::new("qemu-img").args(["check", "-q", "-f", "parallels"]).arg(image("chain-v2")).status()
     else {
-        println!("SKIP: qemu-img is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program("qemu-img"), "qemu-img is not installed");
         return;
     };
     assert!(checked.success());

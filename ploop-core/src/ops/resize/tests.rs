@@ -558,6 +558,7 @@ fn mutants_are_found() {
         };
         let found = hunt(make, &options(600), Some(mutant), false);
         assert!(found.is_err(), "{mutant:?} was not found");
+        ploop_testing::found(mutant);
         hunt(make, &options(600), None, false).unwrap();
     }
 }
