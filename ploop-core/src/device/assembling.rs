@@ -345,7 +345,11 @@ impl Queue {
         match transferred(&done.result, len, unit, !is_write) {
             Progress::Failed(errno) => {
                 assembly.bounce = None;
-                return self.end_part(number, Err(errno));
+                return if is_write {
+                    self.fail_part(number, errno)
+                } else {
+                    self.end_part(number, Err(errno))
+                };
             }
             Progress::Whole if is_write => end_piece(&mut *assembly),
             Progress::Whole => {

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use super::allocating::ClusterLocks;
 use super::flusher::{Flusher, Limits};
+use super::full_host::{FullHost, OnFull, Waiting};
 use super::gate::Gate;
 use super::pending::{NoPendingLog, PendingLog};
 use super::presence::Readers;
@@ -44,6 +45,11 @@ pub struct DiskOptions {
     pub pending_age_max: Duration,
     /// Where entries that are not durable yet are kept for a successor of this process.
     pub pending_log: Arc<dyn PendingLog>,
+    /// What becomes of writes for which the host has no space. With `manual_flusher`, what waits is tried again by
+    /// [`Disk::retry_waiting`] only, and no time-out is kept.
+    pub on_full: OnFull,
+    /// Bytes of the host's file system that the image leaves free when it grows; with less, its host is taken for full.
+    pub host_reserve_bytes: u64,
 }
 
 impl Default for DiskOptions {
@@ -56,6 +62,8 @@ impl Default for DiskOptions {
             pending_clusters_max: 1024,
             pending_age_max: Duration::from_secs(30),
             pending_log: Arc::new(NoPendingLog),
+            on_full: OnFull::Error,
+            host_reserve_bytes: 0,
         }
     }
 }
@@ -97,6 +105,8 @@ pub struct Statistics {
     pub cluster_waits: u64,
     /// Time that new writes were held by a freeze.
     pub held_ms: u64,
+    /// Times a write found no space on the host and began to wait for some.
+    pub space_waits: u64,
 }
 
 /// Counters behind [`Statistics`].
@@ -115,6 +125,7 @@ pub(super) struct Counters {
     pub(super) moved_clusters: AtomicU64,
     pub(super) copied_up_bytes: AtomicU64,
     pub(super) cluster_waits: AtomicU64,
+    pub(super) space_waits: AtomicU64,
 }
 
 pub(super) fn count(counter: &AtomicU64, by: u64) {
@@ -134,6 +145,9 @@ pub struct Disk {
     /// Which chains requests under way began with.
     pub(super) readers: Arc<Readers>,
     pub(super) counters: Counters,
+    pub(super) full_host: Arc<FullHost>,
+    /// Bytes of writes that wait for space and have memory of their own.
+    pub(super) copied_bytes: AtomicU64,
     /// Set once the file has refused to punch or zero a range: zeros are written from then on.
     pub(super) cannot_zero: AtomicBool,
     /// While the top is being merged into the delta below it no entry of it is cleared: what was merged would be seen.
@@ -144,7 +158,8 @@ pub struct Disk {
     chain_epoch: AtomicU64,
     queues: AtomicUsize,
     is_closed: AtomicBool,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// The flusher, and who tries again what waits for space.
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Disk {
@@ -158,14 +173,14 @@ impl Disk {
         let limits = Limits { pending_max: options.pending_clusters_max, age_max: pending_age_max };
         let readers = Arc::new(Readers::default());
         let log = Arc::clone(&options.pending_log);
-        let flusher = Arc::new(Flusher::new(Arc::clone(&chain), limits, log, Arc::clone(&readers)));
-        let thread = if options.manual_flusher || options.read_only {
-            None
+        let full_host = Arc::new(FullHost::new(options.on_full));
+        let of_flusher = (log, Arc::clone(&readers), Arc::clone(&full_host));
+        let flusher = Arc::new(Flusher::new(Arc::clone(&chain), limits, of_flusher));
+        chain.keep_host_free(options.host_reserve_bytes);
+        let threads = if options.manual_flusher || options.read_only {
+            Vec::new()
         } else {
-            let flusher = Arc::clone(&flusher);
-            let thread =
-                std::thread::Builder::new().name("ploop-flusher".into()).spawn(move || flusher.run());
-            Some(thread.map_err(|cause| Error::io(ErrorKind::System, "start flusher thread", cause))?)
+            start_threads(&flusher, &full_host)?
         };
         Ok(Arc::new(Self {
             cluster_bytes: layout.cluster_bytes(),
@@ -176,13 +191,15 @@ impl Disk {
             flusher,
             readers,
             counters: Counters::default(),
+            full_host,
+            copied_bytes: AtomicU64::new(0),
             cannot_zero: AtomicBool::new(false),
             keeps_entries: AtomicBool::new(false),
             chain: RwLock::new(chain),
             chain_epoch: AtomicU64::new(0),
             queues: AtomicUsize::new(0),
             is_closed: AtomicBool::new(false),
-            thread: Mutex::new(thread),
+            threads: Mutex::new(threads),
             options,
         }))
     }
@@ -220,6 +237,7 @@ impl Disk {
     /// Serves `chain` from now on, which may be larger. The gate is closed and the flusher has the chain already.
     pub(super) fn install(&self, chain: Arc<Chain>) {
         let disk_bytes = chain.geometry().disk_bytes();
+        chain.keep_host_free(self.options.host_reserve_bytes);
         *self.chain.write().unwrap_or_else(PoisonError::into_inner) = chain;
         self.chain_epoch.fetch_add(1, Ordering::SeqCst);
         // Last: whoever sees the new size finds the chain that has it.
@@ -372,7 +390,7 @@ impl Disk {
             return Err(Error::new(ErrorKind::Device, "close the disk: it is closed already"));
         }
         let flushed = self.flush();
-        self.stop_thread()?;
+        self.stop_threads()?;
         flushed?;
         if self.options.read_only {
             return Ok(());
@@ -383,14 +401,39 @@ impl Disk {
         self.chain().close()
     }
 
-    fn stop_thread(&self) -> Result<()> {
+    fn stop_threads(&self) -> Result<()> {
         self.flusher.stop();
-        match self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            None => Ok(()),
-            Some(thread) => {
-                thread.join().map_err(|_| Error::new(ErrorKind::System, "the flusher thread has panicked"))
-            }
-        }
+        self.full_host.stop();
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        threads.into_iter().fold(Ok(()), |all, thread| {
+            let ended =
+                thread.join().map_err(|_| Error::new(ErrorKind::System, "a thread of the disk has panicked"));
+            all.and(ended)
+        })
+    }
+
+    /// What waits for space on the host now; `None` when nothing does.
+    pub fn waiting(&self) -> Option<Waiting> {
+        self.full_host.waiting(self.cluster_bytes)
+    }
+
+    /// Sleeps until writes begin or cease to wait for space, or for `patience`. `seen` is what the last call returned, 0
+    /// at first.
+    pub fn wait_for_news_of_space(&self, seen: u64, patience: Duration) -> u64 {
+        self.full_host.wait_for_news(seen, patience)
+    }
+
+    /// Ends waiting for space: what waits now is tried once more and then fails, with `ENOSPC` or `EDQUOT`, and so does
+    /// what finds no space later, until something finds some. Does nothing when nothing waits.
+    pub fn give_up_waiting(&self) {
+        self.full_host.give_up();
+        self.flusher.nudge();
+    }
+
+    /// Tries what waits for space again, as the disk's own thread does all the time.
+    pub fn retry_waiting(&self) {
+        self.full_host.try_again();
+        self.flusher.nudge();
     }
 
     /// What the disk has done so far.
@@ -415,6 +458,7 @@ impl Disk {
             copied_up_bytes: get(&own.copied_up_bytes),
             cluster_waits: get(&own.cluster_waits),
             held_ms: u64::try_from(self.gate.held().as_millis()).unwrap_or(u64::MAX),
+            space_waits: get(&own.space_waits),
         }
     }
 }
@@ -422,7 +466,7 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         // A panic of the thread has been printed by the runtime, and there is nobody to tell.
-        let _ = self.stop_thread();
+        let _ = self.stop_threads();
     }
 }
 
@@ -435,6 +479,22 @@ impl std::fmt::Debug for Disk {
             .field("poisoned", &self.is_poisoned())
             .finish_non_exhaustive()
     }
+}
+
+fn start_threads(flusher: &Arc<Flusher>, full_host: &Arc<FullHost>) -> Result<Vec<JoinHandle<()>>> {
+    let start = |name: &str, run: Box<dyn FnOnce() + Send>| {
+        std::thread::Builder::new()
+            .name(name.into())
+            .spawn(run)
+            .map_err(|cause| Error::io(ErrorKind::System, "start a thread of the disk", cause))
+    };
+    let flushing = Arc::clone(flusher);
+    let mut threads = vec![start("ploop-flusher", Box::new(move || flushing.run()))?];
+    if full_host.may_wait() {
+        let (full_host, flusher) = (Arc::clone(full_host), Arc::clone(flusher));
+        threads.push(start("ploop-space", Box::new(move || full_host.run(|| flusher.nudge())))?);
+    }
+    Ok(threads)
 }
 
 /// The sizes of a chain, if they can be served.
@@ -564,6 +624,7 @@ impl Frozen {
             }
             Ok(chain)
         })?;
+        chain.keep_host_free(disk.options.host_reserve_bytes);
         *disk.chain.write().unwrap_or_else(PoisonError::into_inner) = chain;
         disk.chain_epoch.store(epoch, Ordering::SeqCst);
         Ok(())

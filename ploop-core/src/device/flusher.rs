@@ -35,6 +35,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use super::full_host::{FullHost, RETRY, is_full};
 use super::pending::{PendingEntry, PendingLog, Seal};
 use super::presence::Readers;
 use super::ticket::{Poison, Ticket};
@@ -102,6 +103,9 @@ pub(super) struct Flusher {
     /// Makes one step of a change and its record, and of the two seals.
     changing: RwLock<()>,
     log: Arc<dyn PendingLog>,
+    full_host: Arc<FullHost>,
+    /// Set while the table cannot be written for want of space.
+    is_blocked: AtomicBool,
     poison: Poison,
     pub(super) counts: Counts,
 }
@@ -124,6 +128,8 @@ struct Rounds {
     freed: VecDeque<FileCluster>,
     /// Before reads that began with an earlier chain have ended, nothing is punched or given back.
     epoch: u64,
+    /// The try in which the host had no space for the next table write.
+    blocked_in: Option<u64>,
 }
 
 enum Stage {
@@ -140,8 +146,7 @@ impl Flusher {
     pub(super) fn new(
         chain: Arc<Chain>,
         limits: Limits,
-        log: Arc<dyn PendingLog>,
-        readers: Arc<Readers>,
+        (log, readers, full_host): (Arc<dyn PendingLog>, Arc<Readers>, Arc<FullHost>),
     ) -> Self {
         let rounds = Rounds {
             chain,
@@ -150,6 +155,7 @@ impl Flusher {
             group: Vec::new(),
             freed: VecDeque::new(),
             epoch: 0,
+            blocked_in: None,
         };
         Self {
             limits,
@@ -164,6 +170,8 @@ impl Flusher {
             rounds: Mutex::new(rounds),
             changing: RwLock::new(()),
             log,
+            full_host,
+            is_blocked: AtomicBool::new(false),
             poison: Poison::default(),
             counts: Counts::default(),
         }
@@ -252,6 +260,9 @@ impl Flusher {
             // Whoever settles it says so.
             return drop(self.work.wait(shared));
         }
+        if self.is_blocked.load(Ordering::SeqCst) {
+            return drop(self.work.wait_timeout(shared, RETRY));
+        }
         if !shared.tickets.is_empty() || self.is_urgent.load(Ordering::Acquire) {
             return;
         }
@@ -280,6 +291,7 @@ impl Flusher {
             {
                 let rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
                 self.poison.check()?;
+                check_space(&rounds)?;
                 if matches!(rounds.stage, Stage::Idle) && rounds.freed.is_empty() {
                     return then(&rounds);
                 }
@@ -354,6 +366,7 @@ impl Flusher {
                 Stage::Idle => self.begin(&mut rounds),
                 _ => self.proceed(&mut rounds),
             }
+            check_space(&rounds)?;
         }
         let chain = open(&rounds.chain)?;
         // Nobody steps: the rounds are held.
@@ -437,6 +450,7 @@ impl Flusher {
             Stage::Idle if self.is_unsettled() => return false,
             Stage::Idle if self.is_due() => self.begin(&mut rounds),
             Stage::Idle => return self.punch(&mut rounds),
+            _ if rounds.blocked_in == Some(self.full_host.round()) => return false,
             _ => self.proceed(&mut rounds),
         }
         true
@@ -520,12 +534,20 @@ impl Flusher {
         if let Some((offset, bytes)) = plan.writes.get(next)
             && let Err(cause) = rounds.chain.storage(top).write_all_at(offset.0, bytes)
         {
+            if let Some(errno) = cause.raw_os_error().filter(|&errno| is_full(errno))
+                && self.full_host.waits()
+            {
+                // Sectors of it may have been written; the same bytes are written once more.
+                rounds.stage = Stage::TableWrite(plan, next);
+                return self.block(rounds, Some(errno));
+            }
             let error = Error::io(ErrorKind::Write, "write block allocation table", cause)
                 .at_path(rounds.chain.name(top))
                 .at_offset(offset.0)
                 .advise(ADVICE);
             return self.fail(rounds, plan, &error);
         }
+        self.block(rounds, None);
         count(&self.counts.table_writes, 1);
         rounds.stage = if next + 1 < plan.writes.len() {
             Stage::TableWrite(plan, next + 1)
@@ -534,6 +556,19 @@ impl Flusher {
         } else {
             Stage::TableSync(plan)
         };
+    }
+
+    /// The table waits for space, or not any more.
+    fn block(&self, rounds: &mut Rounds, errno: Option<i32>) {
+        if errno.is_none() && rounds.blocked_in.is_none() {
+            return;
+        }
+        rounds.blocked_in = errno.map(|_| self.full_host.round());
+        self.is_blocked.store(errno.is_some(), Ordering::SeqCst);
+        if errno.is_none() {
+            self.full_host.found();
+        }
+        self.full_host.set_table(errno);
     }
 
     fn sync(&self, rounds: &Rounds) -> Result<()> {
@@ -572,6 +607,7 @@ impl Flusher {
         self.log.poisoned();
         self.poison.set(error);
         rounds.chain.failed(plan);
+        self.block(rounds, None);
         self.refuse(rounds);
     }
 
@@ -600,9 +636,20 @@ impl Flusher {
         }
         if !is_active(Mutant::PunchAfterReuse) {
             (first.0..=last.0).for_each(|cluster| rounds.chain.release(FileCluster(cluster), punched));
+            self.full_host.try_again();
         }
         true
     }
+}
+
+/// Whoever must not wait for space is told that somebody does.
+fn check_space(rounds: &Rounds) -> Result<()> {
+    if rounds.blocked_in.is_none() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Allocate, "write block allocation table: the host has no space for it")
+        .at_path(rounds.chain.name(rounds.chain.top()))
+        .advise("make room on the host file system; what was written waits until then"))
 }
 
 const ADVICE: &str = "what was written since the last flush may be lost: unmount, see the kernel's messages about the host \

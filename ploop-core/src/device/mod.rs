@@ -36,6 +36,7 @@ pub mod control;
 pub mod disk;
 mod flusher;
 mod folding;
+mod full_host;
 pub mod fuse;
 mod gate;
 pub mod growing;
@@ -52,10 +53,12 @@ mod slab;
 pub mod split;
 mod ticket;
 mod transferring;
+mod waiting;
 
 pub use changes::{Change, Changes};
 pub use client::Client;
 pub use disk::{Disk, DiskOptions, EntriesKept, Freezing, Frozen, Statistics};
+pub use full_host::{OnFull, Waiting};
 pub use queue::Queue;
 pub use resizing::{GrowOptions, Grown};
 pub use settling::Unsettled;
@@ -130,6 +133,7 @@ pub struct Completion {
     /// Done, or the error number for the guest: `EIO`, `ENOSPC`, `EDQUOT`, `EROFS`, `EINVAL`, or `EAGAIN` when more
     /// than `requests_max` requests are in flight.
     pub result: std::result::Result<(), i32>,
-    /// The buffer of the request. After a failed read its content is undefined.
+    /// The buffer of the request. After a failed read its content is undefined. A write that had to wait for space may come
+    /// back without it.
     pub buffer: Option<IoBuf>,
 }

@@ -130,7 +130,9 @@ impl Queue {
         let mut budget = ZEROING_CLUSTERS_PER_TURN * 32;
         loop {
             let Some(running) = self.requests.get(number) else { return Turn::Placed };
-            let (at, end, parts) = (running.cursor, running.extent.end(), running.parts);
+            // What waits for space does not keep a discard from freeing some.
+            let parts = running.parts - running.waiting;
+            let (at, end) = (running.cursor, running.extent.end());
             let may_unmap = may_unmap(running.op);
             if at >= end {
                 return Turn::Placed;
@@ -380,14 +382,25 @@ impl Queue {
     fn fill_fresh(&mut self, number: usize, extent: Extent, locked: Locked, op: Op) {
         let layout = self.disk.layout();
         let cluster = layout.cluster_of(extent.start());
+        if self.disk.full_host.is_refusing() {
+            return self.fail_part(number, self.disk.full_host.errno());
+        }
         let prepared = match self.chain.prepare_write(cluster) {
-            Ok(WriteTarget::Fresh(prepared)) => prepared,
+            Ok(WriteTarget::Fresh(prepared)) => {
+                self.disk.full_host.found();
+                prepared
+            }
             // A raw top has a place for everything, also past the end of its file.
             Ok(WriteTarget::InPlace(base)) => {
                 let within = extent.start() - layout.cluster_start(cluster);
                 return self.change_in_place(number, extent, locked, op, base.0 + within);
             }
-            Err(error) => return self.end_part(number, Err(error.guest_errno())),
+            Err(error) => {
+                if error.is_out_of_space() {
+                    self.disk.full_host.refused();
+                }
+                return self.fail_part(number, error.guest_errno());
+            }
         };
         let (file, base, is_zero) = (self.slots[self.top()], prepared.offset().0, prepared.known_zero());
         let Some(part) = self.parts.get_mut(number) else { return };
@@ -477,8 +490,8 @@ impl Queue {
                 if is_refusal || error.kind() == std::io::ErrorKind::Unsupported {
                     self.disk.cannot_zero.store(true, Ordering::Relaxed);
                 } else if guest_errno(&error) != libc::EIO {
-                    // A full disk stays full.
-                    return self.end_part(number, Err(guest_errno(&error)));
+                    // Writing zeros needs no less.
+                    return self.fail_part(number, guest_errno(&error));
                 }
                 let all = Extent::between(0, len);
                 self.start_assembly(number, Assembly::write(file, offset, all, all, Background::Zeros));

@@ -31,6 +31,7 @@ use super::presence::Presence;
 use super::slab::Slab;
 use super::ticket::Ticket;
 use super::transferring::{Locked, Part, Work, rejoin_two};
+use super::waiting::WaitingPart;
 use super::{Completion, Op, Request};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
@@ -52,12 +53,23 @@ pub(super) struct Running {
     pieces: Vec<(u64, IoBuf)>,
     /// Parts in flight; one more while parts are still being made.
     pub(super) parts: u32,
+    /// Parts that wait for space; counted in `parts` as well.
+    pub(super) waiting: u32,
+    /// Nothing but waiting parts is left: it has left the gate.
+    pub(super) is_outside: bool,
     /// First error.
     errno: Option<i32>,
     /// For zeroing and discards: everything before this guest byte has its part.
     pub(super) cursor: u64,
     /// For zeroing and discards: the next turn comes when a part has ended.
-    is_stalled: bool,
+    pub(super) is_stalled: bool,
+}
+
+impl Running {
+    /// Lets go of what has been written of the guest's buffer.
+    pub(super) fn drop_pieces(&mut self) {
+        self.pieces.clear();
+    }
 }
 
 /// One queue of a disk. See the module's documentation.
@@ -82,7 +94,14 @@ pub struct Queue {
     /// Parts that wait for a bounce buffer, first come first served.
     pub(super) waiting_for_bounce: VecDeque<usize>,
     /// Zeroing requests that go on at the next run.
-    sliced: VecDeque<usize>,
+    pub(super) sliced: VecDeque<usize>,
+    /// Parts that wait for space on the host, in order.
+    pub(super) waiting: VecDeque<WaitingPart>,
+    /// The round in which they were tried.
+    pub(super) tried_in: u64,
+    /// Requests that have left the gate.
+    pub(super) outside: usize,
+    pub(super) has_freed_buffers: bool,
     /// Writes that wait at the gate, in order.
     held: VecDeque<Request>,
     /// Operations that did not fit into `io`.
@@ -144,6 +163,7 @@ impl Queue {
         let slots = attach_all(io.as_mut(), &chain, None)?;
         let inbox = Arc::new(Inbox::new(io.waker()));
         disk.gate.add_queue(&inbox);
+        disk.full_host.add_queue(&inbox);
         let alignment = strictest_alignment(&chain);
         let unit = u64::from(alignment.offset.max(1));
         let bounce_bytes =
@@ -165,6 +185,10 @@ impl Queue {
             bounce: BufferPool::new(bounce_bytes, disk.options.bounce_buffers.max(1)),
             waiting_for_bounce: VecDeque::new(),
             sliced: VecDeque::new(),
+            waiting: VecDeque::new(),
+            tried_in: 0,
+            outside: 0,
+            has_freed_buffers: false,
             held: VecDeque::new(),
             backlog: VecDeque::new(),
             granted: Vec::new(),
@@ -257,7 +281,7 @@ impl Queue {
     }
 
     /// Follows the disk to a new chain. Only reads can be under way then (the gate is closed); they stay valid.
-    fn refresh_chain(&mut self) {
+    pub(super) fn refresh_chain(&mut self) {
         let epoch = self.disk.chain_epoch();
         if epoch == self.chain_epoch {
             return;
@@ -317,7 +341,7 @@ impl Queue {
                 return Some(libc::EINVAL);
             }
         }
-        if self.in_flight() >= self.disk.options.requests_max {
+        if self.in_flight() - self.outside >= self.disk.options.requests_max {
             return Some(libc::EAGAIN);
         }
         // Behind the look at the size: whoever sees a new one finds the chain that has it. A chain that comes from here on
@@ -369,6 +393,7 @@ impl Queue {
                 break;
             }
         }
+        self.retry_waiting();
         for _ in 0..self.sliced.len() {
             if let Some(number) = self.sliced.pop_front() {
                 self.continue_zeroing(number);
@@ -418,7 +443,18 @@ impl Queue {
         }
         let pieces = self.spare_pieces.pop().unwrap_or_default();
         let cursor = extent.start();
-        let running = Running { id, op, extent, pieces, parts: 1, errno: None, cursor, is_stalled: false };
+        let running = Running {
+            id,
+            op,
+            extent,
+            pieces,
+            parts: 1,
+            waiting: 0,
+            is_outside: false,
+            errno: None,
+            cursor,
+            is_stalled: false,
+        };
         let number = self.requests.insert(running);
         match (op, buffer) {
             (_, Some(buffer)) if extent.is_empty() => {
@@ -475,6 +511,8 @@ impl Queue {
         } else if running.is_stalled {
             running.is_stalled = false;
             self.sliced.push_back(number);
+        } else {
+            self.step_outside(number);
         }
     }
 
@@ -482,12 +520,17 @@ impl Queue {
     fn data_is_done(&mut self, number: usize) {
         let Some(running) = self.requests.get(number) else { return };
         let (op, extent, errno) = (running.op, running.extent, running.errno);
+        let is_outside = running.is_outside;
         if op.changes_data() && !is_active(Mutant::MarkBeforeWrite) {
             self.disk.trackers.mark(extent);
         }
         if op.changes_image() {
             self.disk.flusher.note_write();
-            self.disk.gate.leave();
+            if is_outside {
+                self.outside -= 1;
+            } else {
+                self.disk.gate.leave();
+            }
         }
         let needs_flush = !self.disk.is_read_only() && (op == Op::Flush || (op.is_fua() && errno.is_none()));
         if needs_flush {
@@ -551,6 +594,7 @@ impl Queue {
     /// The queue below is broken and its transfers may go on: no cluster they may touch is used again, no lock passed
     /// on, no write counted as finished.
     fn abandon(&mut self) {
+        self.drop_waiting();
         for running in self.requests.drain() {
             self.disk.trackers.mark(running.extent);
         }
@@ -590,8 +634,13 @@ impl Drop for Queue {
             }
             self.unlock(number);
             // With it goes the reservation of a cluster that was not published.
-            self.parts.remove(number);
+            if let Some(part) = self.parts.remove(number)
+                && part.has_waited
+            {
+                self.end_wait(part.extent, part.is_copied, false);
+            }
         }
+        self.drop_waiting();
         for running in self.requests.drain() {
             // A request without parts left waits for the flusher; it has left the gate.
             if running.op.changes_data() && running.parts > 0 {
@@ -599,7 +648,9 @@ impl Drop for Queue {
             }
             if running.op.changes_image() && running.parts > 0 {
                 self.disk.flusher.note_write();
-                self.disk.gate.leave();
+                if !running.is_outside {
+                    self.disk.gate.leave();
+                }
             }
         }
         self.disk.locks.deliver(&mut self.granted);

@@ -35,6 +35,10 @@ pub(super) struct Part {
     pub(super) folded: Vec<usize>,
     /// The chain it began with.
     pub(super) chain_epoch: u64,
+    /// It has waited for space, and counts as waiting until it ends.
+    pub(super) has_waited: bool,
+    /// Its bytes have memory of their own; see [`waiting`](super::waiting).
+    pub(super) is_copied: bool,
     pub(super) work: Work,
 }
 
@@ -84,6 +88,8 @@ impl Queue {
             prepared: None,
             folded: Vec::new(),
             chain_epoch,
+            has_waited: false,
+            is_copied: false,
             work,
         })
     }
@@ -115,6 +121,10 @@ impl Queue {
     /// Gives the part's locks back.
     pub(super) fn unlock(&mut self, part: usize) {
         let locked = self.parts.get_mut(part).and_then(|part| part.locked.take());
+        self.release_all(locked);
+    }
+
+    pub(super) fn release_all(&mut self, locked: Option<Locked>) {
         if let Some(Locked { first, last, mode }) = locked {
             for cluster in first..=last {
                 self.disk.locks.release(cluster, mode, &mut self.granted);
@@ -125,6 +135,9 @@ impl Queue {
     /// Ends a part: publishes a fresh cluster or drops its reservation, passes locks on, returns the buffer.
     pub(super) fn end_part(&mut self, number: usize, result: std::result::Result<(), i32>) {
         let Some(mut part) = self.remove_part(number) else { return };
+        if part.has_waited {
+            self.end_wait(part.extent, part.is_copied, result.is_ok());
+        }
         let mut is_allocated = false;
         if let Some(prepared) = part.prepared.take()
             && result.is_ok()
@@ -232,7 +245,7 @@ impl Queue {
             Progress::Whole | Progress::Failed(_) | Progress::EndOfFile(_) => {
                 part.data = rejoin_two(front.take(), buffer);
                 let result = match progress {
-                    Progress::Failed(errno) => Err(errno),
+                    Progress::Failed(errno) => return self.fail_part(number, errno),
                     // Mappings lie inside their file: it was cut while it was served.
                     Progress::EndOfFile(_) => Err(libc::EIO),
                     _ => Ok(()),

@@ -190,6 +190,21 @@ struct Inner {
     closed: bool,
     /// Of a mutant: a growth that is still to be done.
     deferred: bool,
+    /// Bytes of the host's file system that stay free.
+    host_reserve_bytes: u64,
+}
+
+impl Inner {
+    /// As [`reserve`], within what is to stay free on the host.
+    fn reserve(&self, storage: &dyn Storage, offset: u64, len: u64) -> io::Result<()> {
+        if self.host_reserve_bytes > 0 {
+            let free = storage.host_free_bytes()?;
+            if free.is_some_and(|free| free < self.host_reserve_bytes.saturating_add(len)) {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+        }
+        reserve(storage, offset, len)
+    }
 }
 
 /// See the module.
@@ -220,6 +235,7 @@ impl ClusterAllocator {
             ahead_refused: false,
             closed: false,
             deferred: false,
+            host_reserve_bytes: 0,
         };
         Self { geometry, inner: Mutex::new(inner) }
     }
@@ -264,14 +280,21 @@ impl ClusterAllocator {
         if inner.reserved.contains(&guest) {
             return Err(Error::new(ErrorKind::Busy, "allocate a cluster: another write is allocating it"));
         }
-        let Some(cluster) = self.choose(storage, &mut inner, wanted)? else { return Ok(None) };
-        let reused = cluster < inner.fresh;
-        if reused && !mutant::is_active(Mutant::ExtensionNotSynced) {
+        let Some(mut cluster) = self.choose(storage, &mut inner, wanted)? else { return Ok(None) };
+        if cluster < inner.fresh && !mutant::is_active(Mutant::ExtensionNotSynced) {
             // A free place may be a hole: its blocks are taken now, or the host being full would show in a sync.
             let offset = self.geometry.file_offset(FileCluster(cluster)).0;
-            reserve(storage, offset, self.geometry.cluster_bytes())
-                .map_err(|source| no_room(source, offset, self.geometry.cluster_bytes()))?;
+            let reserved = inner.reserve(storage, offset, self.geometry.cluster_bytes());
+            // Then one of those that were reserved ahead.
+            let ahead = matches!(wanted, Wanted::Lowest)
+                .then(|| inner.used.first_absent(inner.fresh.max(inner.floor), inner.file_clusters));
+            match (reserved, ahead.flatten()) {
+                (Ok(()), _) => {}
+                (Err(_), Some(ahead)) => cluster = ahead,
+                (Err(source), None) => return Err(no_room(source, offset, self.geometry.cluster_bytes())),
+            }
         }
+        let reused = cluster < inner.fresh;
         let was_zeroed = inner.zeroed.remove(&cluster);
         inner.punched.remove(&cluster);
         let fresh_zero = !reused && cluster >= inner.zero_start && cluster < inner.durable_clusters;
@@ -316,6 +339,11 @@ impl ClusterAllocator {
                 return Err(Error::new(ErrorKind::Allocate, "allocate a cluster: the file did not grow"));
             }
         }
+    }
+
+    /// From now on the file takes no space that would leave the host less than `bytes`: to it, the host is full then.
+    pub(crate) fn keep_host_free(&self, bytes: u64) {
+        self.lock().host_reserve_bytes = bytes;
     }
 
     /// From now on no cluster below `floor` is handed out.
@@ -378,11 +406,12 @@ impl ClusterAllocator {
         }
         let start = self.end_of(inner.file_clusters);
         let cluster_bytes = self.geometry.cluster_bytes();
-        let grown = match reserve(storage, start, u64::from(step) * cluster_bytes) {
+        let grown = match inner.reserve(storage, start, u64::from(step) * cluster_bytes) {
             Ok(()) => step,
             Err(_) if step > 1 => {
                 // There may be room for the one that is needed.
-                reserve(storage, start, cluster_bytes)
+                inner
+                    .reserve(storage, start, cluster_bytes)
                     .map_err(|source| no_room(source, start, cluster_bytes))?;
                 1
             }

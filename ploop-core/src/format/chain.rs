@@ -506,6 +506,14 @@ impl Chain {
         Ok(WriteTarget::Fresh(prepared))
     }
 
+    /// From now on the top takes no space that would leave its host's file system less than `bytes` free: it fails as on a
+    /// full host then. A raw top does not ask for space.
+    pub fn keep_host_free(&self, bytes: u64) {
+        if let Some(Image { allocator: Some(allocator), .. }) = &self.top_delta().image {
+            allocator.keep_host_free(bytes);
+        }
+    }
+
     /// Discards a cluster: its entry is cleared in memory and its place in the file quarantined. `false` if there is
     /// nothing to do: the top does not hold it, or a lower delta does, whose bytes would come back (the caller writes
     /// zeros then).

@@ -352,6 +352,15 @@ impl Storage for FileStorage {
         Ok(self.file.metadata()?.blocks().saturating_mul(512))
     }
 
+    fn host_free_bytes(&self) -> io::Result<Option<u64>> {
+        if self.is_block_device {
+            return Ok(None);
+        }
+        let space = nix::sys::statvfs::fstatvfs(&self.file)?;
+        // Blocks that are kept for the superuser do not count.
+        Ok(Some(u64::from(space.blocks_available()).saturating_mul(u64::from(space.fragment_size()))))
+    }
+
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }

@@ -112,6 +112,10 @@ impl<S: Storage> Storage for Latched<S> {
         self.inner.allocated_bytes()
     }
 
+    fn host_free_bytes(&self) -> io::Result<Option<u64>> {
+        self.inner.host_free_bytes()
+    }
+
     /// `None` once latched: a queue asks again for every change and then takes the way through the calls above.
     fn claim(&self, ownership: Option<super::lock::Ownership>) -> crate::Result<()> {
         self.inner.claim(ownership)

@@ -95,6 +95,10 @@ pub trait Storage: Send + Sync {
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.len()
     }
+    /// Bytes that are free, for this file's owner, on the file system it lies on; `None` if that cannot be told.
+    fn host_free_bytes(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
     /// The descriptor, for queues that hand operations to the kernel; `None` for storage that is no file.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
@@ -137,6 +141,9 @@ impl<S: Storage + ?Sized> Storage for Arc<S> {
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
         (**self).allocated_bytes()
+    }
+    fn host_free_bytes(&self) -> io::Result<Option<u64>> {
+        (**self).host_free_bytes()
     }
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         (**self).descriptor()

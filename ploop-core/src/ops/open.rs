@@ -156,6 +156,9 @@ impl Storage for LockedStorage {
     fn allocated_bytes(&self) -> std::io::Result<u64> {
         self.storage.allocated_bytes()
     }
+    fn host_free_bytes(&self) -> std::io::Result<Option<u64>> {
+        self.storage.host_free_bytes()
+    }
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.storage.descriptor()
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use ploop_core::device::{Completion, Destination, Disk, DiskOptions, Op, Queue, Request};
+use ploop_core::device::{Completion, Destination, Disk, DiskOptions, OnFull, Op, Queue, Request};
 use ploop_core::extent::Extent;
 use ploop_core::io::sim::{CrashLevel, CrashOptions, Random, SimDisk};
 use ploop_core::io::{Access, IoBuf, IoQueue, Wait};
@@ -92,7 +92,17 @@ pub(crate) struct Run<'a> {
     pub(crate) judges: bool,
     /// Every other sector that is written is zeros.
     pub(crate) half_zeros: bool,
+    /// Bytes the host has, in disks opened from here on whose writes wait for space: when nothing else goes on, somebody
+    /// frees a little.
+    pub(crate) capacity: Option<u64>,
+    /// How often that happened.
+    pub(crate) times_freed: u64,
 }
+
+/// What is freed at a time on a host that is full.
+const FREED_BYTES: u64 = 8192;
+/// Steps without an answer after which that happens.
+const PATIENCE_STEPS: u32 = 60;
 
 impl<'a> Run<'a> {
     /// Opens the chain of `setting` on a host that durably holds `values`. Crash points from here on.
@@ -119,6 +129,8 @@ impl<'a> Run<'a> {
             may_fail: false,
             judges: true,
             half_zeros: false,
+            capacity: None,
+            times_freed: 0,
         };
         run.open()?;
         Ok(run)
@@ -137,7 +149,8 @@ impl<'a> Run<'a> {
             Err(_) if self.may_fail => return Ok(()),
             other => other?,
         };
-        let options = DiskOptions { manual_flusher: true, ..DiskOptions::default() };
+        let on_full = if self.capacity.is_some() { OnFull::Wait { timeout: None } } else { OnFull::Error };
+        let options = DiskOptions { manual_flusher: true, on_full, ..DiskOptions::default() };
         let served = Disk::open(chain, options).map_err(|error| world::describe(&error))?;
         let mut queues = Vec::new();
         for _ in 0..self.queues {
@@ -147,6 +160,9 @@ impl<'a> Run<'a> {
             queues.push(served.queue(io).map_err(|error| world::describe(&error))?);
         }
         self.served = Some((served, queues));
+        if self.capacity.is_some() {
+            self.disk.set_capacity(self.capacity);
+        }
         Ok(())
     }
 
@@ -272,11 +288,20 @@ impl<'a> Run<'a> {
     /// Small steps of the queue and of the flusher, by seed, until something is answered.
     pub(crate) fn advance(&mut self) -> Result<(), String> {
         let mut answers = Vec::new();
-        for _ in 0..20_000 {
+        for step in 1..20_000 {
             let Some((disk, queues)) = &mut self.served else {
                 self.outstanding.clear();
                 return Ok(());
             };
+            if step % PATIENCE_STEPS == 0
+                && let Some(capacity) = &mut self.capacity
+                && disk.waiting().is_some()
+            {
+                *capacity += FREED_BYTES;
+                self.disk.set_capacity(Some(*capacity));
+                self.times_freed += 1;
+                disk.retry_waiting();
+            }
             if self.random.chance(60) {
                 let at = self.random.index(queues.len());
                 queues[at].run(Wait::No, &mut answers).map_err(|error| error.to_string())?;
@@ -308,7 +333,10 @@ impl<'a> Run<'a> {
             return Err(format!("an answer to request {}, which is not outstanding", answer.id));
         };
         if let Err(errno) = answer.result {
-            if self.may_fail {
+            // Who moves clusters is not kept waiting.
+            let is_refused_move =
+                matches!(step, Step::Relocate { .. }) && self.capacity.is_some() && errno == libc::ENOSPC;
+            if self.may_fail || is_refused_move {
                 return Ok(false);
             }
             return Err(format!("{step:?} failed with {}", std::io::Error::from_raw_os_error(errno)));
@@ -399,6 +427,61 @@ impl<'a> Run<'a> {
             .map_err(|violation| format!("after the host came back: {violation}"))?;
         self.model = Model::new(&values);
         self.open()
+    }
+
+    /// The host has this much room from now on, and what needs more waits.
+    pub(crate) fn fill_host(&mut self, capacity: u64) -> Result<(), String> {
+        self.capacity = Some(capacity);
+        // The policy is that of the next disk.
+        self.reopen()?;
+        self.disk.set_capacity(Some(capacity));
+        Ok(())
+    }
+
+    /// Small steps until something waits for space; whether it came to that.
+    pub(crate) fn wait_until_full(&mut self) -> Result<bool, String> {
+        for _ in 0..PATIENCE_STEPS - 1 {
+            let Some((disk, queues)) = &mut self.served else { return Ok(false) };
+            if disk.waiting().is_some_and(|waiting| waiting.writes > 0) {
+                return Ok(true);
+            }
+            let mut answers = Vec::new();
+            for queue in queues {
+                queue.run(Wait::No, &mut answers).map_err(|error| error.to_string())?;
+            }
+            self.judge_captured()?;
+            for answer in answers {
+                self.answered(answer)?;
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether a freeze drains although writes wait for space.
+    pub(crate) fn freezes(&mut self) -> Result<bool, String> {
+        let Some((disk, queues)) = &mut self.served else { return Ok(false) };
+        let mut freezing = disk.begin_freeze().map_err(|error| world::describe(&error))?;
+        let mut answers = Vec::new();
+        let mut frozen = None;
+        for _ in 0..200 {
+            for queue in &mut *queues {
+                queue.run(Wait::No, &mut answers).map_err(|error| error.to_string())?;
+            }
+            match freezing.finish() {
+                Ok(done) => {
+                    frozen = Some(done);
+                    break;
+                }
+                Err(not_yet) => freezing = not_yet,
+            }
+        }
+        let is_frozen = frozen.is_some();
+        drop(frozen);
+        self.judge_captured()?;
+        for answer in answers {
+            self.answered(answer)?;
+        }
+        Ok(is_frozen)
     }
 
     /// Whether every sector can be read and holds what was last written.

@@ -230,6 +230,8 @@ enum Faults {
     Error,
     /// The host has little room.
     Full,
+    /// The same, and what finds none waits.
+    FullWaits,
 }
 
 fn random_step(random: &mut Random, setting: &Setting, allowed: &[bool; 12]) -> Option<Step> {
@@ -292,6 +294,7 @@ fn random_run(judge: &mut Judge, seed: u64) -> Result<u64, String> {
     allowed[7] = true;
     let faults = [Faults::None, Faults::None, Faults::Ragged, Faults::LostSync, Faults::Error, Faults::Full]
         [random.index(6)];
+    let faults = if faults == Faults::None && seed.is_multiple_of(3) { Faults::FullWaits } else { faults };
     let (disk, values) = prepared(setting, how);
     activate(judge.mutant);
     judge.level = if seed.is_multiple_of(4) { CrashLevel::Reordered } else { CrashLevel::Sectors };
@@ -300,6 +303,9 @@ fn random_run(judge: &mut Judge, seed: u64) -> Result<u64, String> {
         let mut run = Run::new(judge, setting, disk, &values, seed)?;
         run.number_from(FIRST_OPERATION);
         inject(&run.disk, faults, &mut random);
+        if faults == Faults::FullWaits {
+            run.fill_host((3 + random.below(8)) * CLUSTER_SECTORS * 512)?;
+        }
         run.half_zeros = random.chance(30);
         run.may_fail = matches!(faults, Faults::LostSync | Faults::Error | Faults::Full);
         let burst = 1 + random.below(4);
@@ -331,7 +337,7 @@ fn random_run(judge: &mut Judge, seed: u64) -> Result<u64, String> {
 
 fn inject(disk: &SimDisk, faults: Faults, random: &mut Random) {
     match faults {
-        Faults::None => {}
+        Faults::None | Faults::FullWaits => {}
         Faults::Ragged => {
             disk.set_short_transfers(true);
             disk.set_interruptions(true);
@@ -619,6 +625,61 @@ fn a_full_host_of_any_size_harms_nothing() {
         })
     });
     report(&format!("full hosts of {sizes} sizes"), &judge, result);
+}
+
+/// A host with room for so much and no more, whose disk waits: nothing fails, reads, discards, flushes and freezes go on,
+/// a kill in the wait loses nothing that was promised, and with space all goes on by itself.
+#[test]
+fn on_a_full_host_of_any_size_writes_wait() {
+    let cluster = CLUSTER_SECTORS;
+    let steps = [
+        write(3 * cluster + 7, 9),
+        Step::Flush,
+        Step::Discard { first: 0, count: cluster },
+        write(2 * cluster + 16, 3),
+        Step::Read { first: 0, count: 2 * cluster },
+        Step::Flush,
+        write(3 * cluster - 4, 8),
+        Step::Zero { first: 0, count: cluster, unmap: false, fua: true },
+        write(cluster, cluster),
+        Step::Flush,
+    ];
+    let mut judge = Judge::new(states_max() / 8).sharing(seen());
+    let (mut times_freed, mut waits) = (0, 0);
+    let result = [Prepared::Empty, Prepared::Used, Prepared::Holed].into_iter().try_for_each(|how| {
+        (0..3).try_for_each(|parents| {
+            (0..28_u64).try_for_each(|size| {
+                let (disk, values) = prepared(setting(parents), how);
+                let mut run = Run::new(&mut judge, setting(parents), disk, &values, size)?;
+                run.number_from(FIRST_OPERATION);
+                run.fill_host((parents as u64 + 1) * cluster * 512 + size * 16384)?;
+                // Nothing answers these yet; what is read and flushed meanwhile is.
+                run.begin(write(3 * cluster + 7, 9))?;
+                run.begin(write(4 * cluster - 3, 3))?;
+                if run.wait_until_full()? {
+                    waits += 1;
+                    run.begin(Step::Read { first: 0, count: cluster })?;
+                    run.begin(Step::Flush)?;
+                    if !run.freezes()? {
+                        return Err("a freeze waits for writes that wait for space".to_owned());
+                    }
+                }
+                if size % 3 == 0 {
+                    run.begin(Step::Kill)?;
+                }
+                for step in steps {
+                    if size % 2 == 0 { run.complete(step)? } else { run.begin(step)? }
+                }
+                run.drain()?;
+                times_freed += run.times_freed;
+                run.disk.heal();
+                run.read_everything()?;
+                run.close().map(drop)
+            })
+        })
+    });
+    report(&format!("{waits} full hosts, on which space was freed {times_freed} times"), &judge, result);
+    assert!(waits > 20 && times_freed > 100, "the host was full {waits} and freed {times_freed} times");
 }
 
 #[test]

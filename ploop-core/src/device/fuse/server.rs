@@ -6,7 +6,8 @@
 //!
 //! Memory is bounded per thread: [`ServerOptions::large_buffers`] of 1 MiB and [`ServerOptions::small_buffers`] of
 //! 64 KiB. Large payloads stay in the page-aligned buffer they were read into; small ones are copied out of it, so
-//! that 4 KiB in flight do not hold 1 MiB. While no buffer is free the descriptor is not read.
+//! that 4 KiB in flight do not hold 1 MiB. While no buffer is free the descriptor is not read. Writes that wait for space
+//! on the host hold no buffer, so that reads get theirs.
 //!
 //! Every request gets one answer, with the number it came with, also a request that the kernel sends again after an
 //! earlier server died (executing a write twice changes nothing). A sync is never answered with "not implemented":

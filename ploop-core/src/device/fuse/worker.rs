@@ -124,6 +124,7 @@ impl Worker {
         let mut unmounted = false;
         loop {
             let ending = unmounted || self.shared.stop.load(Ordering::SeqCst);
+            // What waits for space is left unanswered: a successor is asked again, and of an end of the mount nobody waits.
             if ending && self.is_idle() {
                 return Ok(());
             }
@@ -133,6 +134,9 @@ impl Worker {
                 .queue
                 .run(wait, &mut completions)
                 .map_err(|cause| Error::io(ErrorKind::System, "run the disk's queue", cause))?;
+            if self.queue.has_freed_buffers() {
+                self.starved = false;
+            }
             for completion in completions.drain(..) {
                 self.complete(completion)?;
             }
@@ -150,7 +154,8 @@ impl Worker {
     }
 
     fn is_idle(&self) -> bool {
-        self.in_flight() == 0 && self.parked.is_none() && self.zeroing.is_empty()
+        let waiting = self.queue.waiting_for_space();
+        self.in_flight() == waiting && self.parked.is_none() && self.zeroing.is_empty()
     }
 
     fn can_accept(&self) -> bool {

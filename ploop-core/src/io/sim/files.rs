@@ -166,6 +166,12 @@ impl Storage for SimStorage {
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(self.disk.lock().files[self.file].allocated.bytes())
     }
+
+    fn host_free_bytes(&self) -> io::Result<Option<u64>> {
+        let inner = self.disk.lock();
+        let taken: u64 = inner.files.iter().map(|file| file.allocated.bytes()).sum();
+        Ok(inner.capacity_bytes.map(|capacity| capacity.saturating_sub(taken)))
+    }
 }
 
 /// The one folder of a [`SimDisk`].

@@ -8,9 +8,10 @@ use nix::sys::socket::{
 
 use super::super::wire;
 use super::*;
-use crate::device::DiskOptions;
+use crate::device::{DiskOptions, OnFull};
 use crate::format::{Chain, ChainOptions, CreateOptions, Geometry, Source, Version, create_image};
 use crate::io::file::{Caching, FileStorage};
+use crate::io::sim::SimDisk;
 use crate::io::{Access, Storage};
 use crate::units::Sectors;
 
@@ -38,17 +39,26 @@ impl Kernel {
     fn new(options: &ServerOptions, read_only: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk.hds");
-        let storage: Arc<dyn Storage> =
-            Arc::new(FileStorage::create_exclusive(&path, Caching::Cached).unwrap());
+        let storage = Arc::new(FileStorage::create_exclusive(&path, Caching::Cached).unwrap());
+        let disk_options = DiskOptions { read_only, ..DiskOptions::default() };
+        Self::over(storage, folder, options, disk_options)
+    }
+
+    /// Over a new image in an empty file.
+    fn over(
+        storage: Arc<dyn Storage>,
+        folder: tempfile::TempDir,
+        options: &ServerOptions,
+        disk_options: DiskOptions,
+    ) -> Self {
         let geometry = Geometry::new(Version::V2, Sectors(CLUSTER / 512), Sectors(DISK / 512)).unwrap();
         create_image(&*storage, &CreateOptions { geometry, preallocated: false }).unwrap();
-        let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let sources = vec![Source { name: path, storage, raw: false }];
+        let access = if disk_options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let sources = vec![Source { name: "disk.hds".into(), storage, raw: false }];
         let chain =
             Chain::open(sources, &ChainOptions { access, raw_cluster: None, accept_in_use: false }).unwrap();
         let survivor = Arc::new(Survivor::create().unwrap());
-        let disk_options =
-            DiskOptions { read_only, pending_log: Arc::clone(&survivor) as _, ..DiskOptions::default() };
+        let disk_options = DiskOptions { pending_log: Arc::clone(&survivor) as _, ..disk_options };
         let disk = Disk::open(chain, disk_options).unwrap();
         let flags = SockFlag::SOCK_CLOEXEC;
         let (socket, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
@@ -344,4 +354,100 @@ fn without_a_free_buffer_a_thread_sleeps() {
     for _ in 1..=6 {
         assert_eq!(kernel.receive().errno, 0);
     }
+}
+
+/// A server on a host with room for little more than the table, and the host.
+fn on_a_full_host(buffers: &ServerOptions, on_full: OnFull) -> (Kernel, SimDisk) {
+    let host = SimDisk::new(1);
+    let storage = Arc::new(host.create("disk.hds").unwrap());
+    let disk_options = DiskOptions { on_full, ..DiskOptions::default() };
+    let kernel = Kernel::over(storage, tempfile::tempdir().unwrap(), buffers, disk_options);
+    assert_eq!(kernel.write(0, &[1; 4096]).0, 0);
+    host.set_capacity(Some(0));
+    (kernel, host)
+}
+
+/// The places that were reserved ahead are used up; then a write is left unanswered.
+fn fill_up(kernel: &Kernel, first: u64) -> u64 {
+    for cluster in first.. {
+        kernel.send(1000 + cluster, 16, &transfer(cluster * CLUSTER, 4096), &[2; 4096]);
+        for _ in 0..200 {
+            if kernel.disk.waiting().is_some() {
+                return cluster;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert_eq!(kernel.receive().errno, 0);
+    }
+    unreachable!("the disk ends");
+}
+
+#[test]
+fn more_waiting_writes_than_buffers_keep_nobody_else_waiting() {
+    let buffers = ServerOptions { large_buffers: 2, small_buffers: 1, ..ServerOptions::default() };
+    let (kernel, host) = on_a_full_host(&buffers, OnFull::Wait { timeout: None });
+    let first = fill_up(&kernel, 1);
+    let waiting: Vec<u64> = (first + 1..first + 20).collect();
+    for &cluster in &waiting {
+        let size = if cluster % 2 == 0 { 4096 } else { 60_000 };
+        kernel.send(1000 + cluster, 16, &transfer(cluster * CLUSTER, size), &vec![cluster as u8; size]);
+    }
+    // Reads, writes in place, syncs and discards go on, more than once.
+    for round in 0..30u8 {
+        assert_eq!(kernel.write(4096, &[round; 8192]).0, 0);
+        assert_eq!(kernel.read(4096, 8192), (0, vec![round; 8192]));
+        assert_eq!(kernel.ask(20, &[0; 16], &[]).0, 0);
+        let of_a_waiting_one = waiting[usize::from(round) % waiting.len()];
+        assert_eq!(kernel.read(of_a_waiting_one * CLUSTER, 512), (0, vec![0; 512]));
+        assert_eq!(kernel.allocate(of_a_waiting_one * CLUSTER + 8192, 4096, wire::ALLOCATE_PUNCH), 0);
+    }
+    let state = kernel.disk.waiting().unwrap();
+    assert_eq!((state.writes, state.errno), (20, libc::ENOSPC));
+    assert_eq!(state.bytes_needed, 20 * CLUSTER);
+    let frozen = kernel.disk.freeze(std::time::Duration::from_secs(60)).unwrap();
+    host.set_capacity(None);
+    std::thread::sleep(std::time::Duration::from_millis(600));
+    assert_eq!(kernel.disk.waiting().unwrap().writes, 20, "a frozen disk stays as it is");
+    drop(frozen);
+    let mut answered: Vec<u64> = (0..20)
+        .map(|_| {
+            let reply = kernel.receive();
+            assert_eq!(reply.errno, 0, "{reply:?}");
+            reply.unique - 1000
+        })
+        .collect();
+    answered.sort_unstable();
+    assert!(answered.into_iter().eq(first..first + 20));
+    assert_eq!(kernel.disk.waiting(), None);
+    for &cluster in &waiting {
+        let size = if cluster % 2 == 0 { 4096 } else { 60_000 };
+        assert_eq!(kernel.read(cluster * CLUSTER, size), (0, vec![cluster as u8; size]), "{cluster}");
+    }
+    assert!(kernel.disk.statistics().space_waits >= 20);
+}
+
+#[test]
+fn after_its_time_a_waiting_write_fails_and_later_ones_at_once_until_there_is_space() {
+    let patience = std::time::Duration::from_millis(400);
+    let (kernel, host) = on_a_full_host(&ServerOptions::default(), OnFull::Wait { timeout: Some(patience) });
+    let begun = std::time::Instant::now();
+    let first = fill_up(&kernel, 1);
+    assert_eq!(kernel.receive().errno, libc::ENOSPC);
+    assert!(begun.elapsed() >= patience);
+    assert_eq!(kernel.write((first + 1) * CLUSTER, &[1; 512]).0, libc::ENOSPC);
+    assert_eq!(kernel.disk.waiting(), None);
+    host.set_capacity(None);
+    assert_eq!(kernel.write((first + 1) * CLUSTER, &[1; 512]).0, 0);
+    assert_eq!(kernel.read(first * CLUSTER, 512), (0, vec![0; 512]), "nothing of the failed write is there");
+}
+
+#[test]
+fn a_server_that_is_stopped_leaves_what_waits_to_its_successor() {
+    let (mut kernel, _host) = on_a_full_host(&ServerOptions::default(), OnFull::Wait { timeout: None });
+    fill_up(&kernel, 1);
+    let serving = kernel.serving.take().unwrap();
+    serving.stop();
+    serving.wait().unwrap();
+    assert_eq!(kernel.disk.waiting(), None);
+    kernel.disk.close().unwrap();
 }
