@@ -20,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pcopy::freeze::{LocalQuiesce, Quiesce, QuiesceOptions};
+use pcopy::freeze::{LocalQuiesce, MountedFileSystem, Quiesce, QuiesceOptions};
 use pcopy::transport::Cancel;
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
@@ -211,8 +211,9 @@ pub(crate) fn ask_snapshot(
         Some(device) => runtime::mount_points_of(device)?.into_iter().next(),
         None => None,
     };
+    let file_system = mount_point.as_deref().map(MountedFileSystem::open).transpose()?;
     let options = QuiesceOptions {
-        mount_points: mount_point.into_iter().collect(),
+        file_systems: file_system.into_iter().collect(),
         guardian: true,
         ..QuiesceOptions::default()
     };

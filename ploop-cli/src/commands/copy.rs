@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use pcopy::freeze::{LocalQuiesce, QuiesceOptions};
+use pcopy::freeze::{LocalQuiesce, MountedFileSystem, QuiesceOptions};
 use pcopy::stats::Event;
 use pcopy::target::{Destination, FileTarget, ImageDestination, ImageOptions, Target};
 use pcopy::transport::{Cancel, Link, Peer};
@@ -459,8 +459,9 @@ impl Origin {
             Some(device) => runtime::mount_points_of(device)?.into_iter().next(),
             None => None,
         };
+        let file_system = mount_point.as_deref().map(MountedFileSystem::open).transpose()?;
         let options = QuiesceOptions {
-            mount_points: mount_point.into_iter().collect(),
+            file_systems: file_system.into_iter().collect(),
             freeze_command: arguments.freeze_command.clone(),
             thaw_command: arguments.thaw_command.clone(),
             hook_timeout: arguments.freeze_timeout.map(Duration::from_secs),
