@@ -11,6 +11,7 @@ use std::time::UNIX_EPOCH;
 use ploop_core::device::{Disk, DiskOptions};
 use ploop_core::format::{Chain, DESCRIPTOR_NAME, DiskDescriptor, Guid, Image, Shot};
 use ploop_core::io::file::{DirectoryFolder, FileStorage, OpenOptions as FileOptions};
+use ploop_core::io::identity::FileIdentity;
 use ploop_core::io::lock::{ImageLock, Ownership};
 use ploop_core::io::{Access, Storage};
 use ploop_core::ops::open::{OpenOptions, open};
@@ -59,7 +60,7 @@ impl BundleSnapshots {
                 locks.push((storage, lock));
             }
         }
-        check_chain(&descriptor, descriptor.top_guid(), top).map_err(at_descriptor)?;
+        check_chain(&folder, &descriptor, descriptor.top_guid(), top).map_err(at_descriptor)?;
         Ok(Self { folder, path, descriptor, deltas, states, _locks: locks })
     }
 
@@ -129,10 +130,20 @@ fn data_bytes(storage: &FileStorage) -> std::io::Result<u64> {
 }
 
 /// Fails unless the chain is that of this state.
-fn check_chain(descriptor: &DiskDescriptor, state: Guid, chain: &Chain) -> Result<()> {
+fn check_chain(
+    folder: &DirectoryFolder,
+    descriptor: &DiskDescriptor,
+    state: Guid,
+    chain: &Chain,
+) -> Result<()> {
     let images = descriptor.chain_for(state)?;
-    let is_same = images.len() == chain.depth()
-        && images.iter().enumerate().all(|(index, image)| chain.name(index).ends_with(image.file()));
+    // The very files: a name may belong to another one by now.
+    let is_open = |index: usize, image: &Image| {
+        let open = chain.storage(index).descriptor().and_then(|open| FileIdentity::of(open).ok());
+        folder.identity_of(image.file()).is_ok_and(|named| open == Some(named))
+    };
+    let is_same =
+        images.len() == chain.depth() && images.iter().enumerate().all(|(index, image)| is_open(index, image));
     if is_same {
         return Ok(());
     }
@@ -149,7 +160,7 @@ impl Snapshots for BundleSnapshots {
         let state = *self.states.get(index).ok_or_else(|| changed(&self.path))?;
         let options = OpenOptions { snapshot: Some(state), ..OpenOptions::new(&self.path, Access::ReadOnly) };
         let opened = open(&options)?;
-        check_chain(&self.descriptor, state, &opened.chain).map_err(|_| changed(&self.path))?;
+        check_chain(&self.folder, &self.descriptor, state, &opened.chain).map_err(|_| changed(&self.path))?;
         let disk = Disk::open(opened.chain, DiskOptions { read_only: true, ..DiskOptions::default() })?;
         Ok(Box::new(DiskSource::delta(&disk)?))
     }

@@ -29,13 +29,14 @@ use pcopy::transport::{Cancel, Link};
 use pcopy::{Observer, SendOptions, send, send_chain, send_original};
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
-use ploop_core::device::runtime::{Entry, Failure, OpenRequest};
+use ploop_core::device::runtime::{Failure, OpenRequest};
+use ploop_core::io::file::DirectoryFolder;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::job_service::{Cargo, Turns};
-use crate::leash;
+use crate::{leash, open};
 
 /// The verb of the control socket.
 pub(crate) const VERB: &str = "copy";
@@ -219,14 +220,15 @@ impl Quiesce for RemoteQuiesce<'_> {
 /// The copies of one served disk: one at a time.
 pub(crate) struct CopyService {
     disk: Arc<Disk>,
-    entry: Entry,
+    /// The folder of the descriptor, if there is one.
+    folder: Option<Arc<DirectoryFolder>>,
     turns: Arc<Turns>,
 }
 
 impl CopyService {
-    /// Copies of `disk`, whose record is in `entry`; `turns` says what else may run.
-    pub(crate) fn new(disk: Arc<Disk>, entry: Entry, turns: Arc<Turns>) -> Self {
-        Self { disk, entry, turns }
+    /// Copies of `disk`, whose descriptor is in `folder`; `turns` says what else may run.
+    pub(crate) fn new(disk: Arc<Disk>, folder: Option<Arc<DirectoryFolder>>, turns: Arc<Turns>) -> Self {
+        Self { disk, folder, turns }
     }
 
     /// Serves one request for a copy of that, to its end.
@@ -258,7 +260,10 @@ impl CopyService {
             Cargo::Deltas if request.wishes.is_original => {
                 return Err(Error::new(ErrorKind::Parameter, "the original's stream takes no snapshots"));
             }
-            Cargo::Deltas => Some(descriptor_of_all(&self.entry.state()?.open)?),
+            Cargo::Deltas => {
+                let descriptor = open::descriptor_in(self.folder.as_deref()).map(|file| file.path);
+                Some(descriptor_of_all(&OpenRequest { descriptor, ..OpenRequest::default() })?)
+            }
         };
         let mut freight = Freight::of(&self.disk, descriptor.as_deref())?;
         let link = Link { input, output: Some(output) };

@@ -4,22 +4,24 @@
 //! that succeeds a dead one waits for those locks: the kernel releases them only when the last transfer of the dead
 //! one has ended, so no write of it can come late and undo a newer one.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ploop_core::device::fuse::survivor::FileIdentity;
+use ploop_core::device::fuse::held::HeldFiles;
 use ploop_core::device::runtime::{ImageFile, OpenRequest};
 pub(crate) use ploop_core::format::DESCRIPTOR_NAME;
 use ploop_core::format::{Chain, DiskDescriptor, Guid};
-use ploop_core::io::Access;
 use ploop_core::io::file::DirectoryFolder;
+use ploop_core::io::identity::{self, FileIdentity};
+use ploop_core::io::{Access, Folder};
 use ploop_core::ops;
 use ploop_core::ops::open::{OpenOptions, Opened, Which};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Result};
 
 /// How often a lock that is still taken is tried again.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
+const LOCK_RETRY: Duration = Duration::from_millis(2);
 /// The cluster size of a raw base unless said otherwise: 1 MiB.
 const CLUSTER_SECTORS_DEFAULT: u64 = 2048;
 
@@ -36,15 +38,6 @@ pub(crate) struct Wanted {
     pub(crate) cluster_sectors: Option<u64>,
     /// The snapshot to open instead of the top.
     pub(crate) snapshot: Option<String>,
-}
-
-/// How to go about a chain.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Manner {
-    /// How long a lock that somebody else holds is waited for.
-    pub(crate) lock_wait: Duration,
-    /// Take an in-use mark as that of a dead server whose pending entries are known: no check, no repair.
-    pub(crate) is_successor: bool,
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
@@ -183,24 +176,44 @@ pub(crate) fn files(request: &OpenRequest) -> Result<(Option<ImageFile>, Vec<Ima
 }
 
 /// Opens the chain; only its top for writing, all of it locked.
-pub(crate) fn open(request: &OpenRequest, manner: Manner) -> Result<Opened> {
+pub(crate) fn open(request: &OpenRequest) -> Result<Opened> {
     let which = match &request.descriptor {
         Some(descriptor) => Which::Path(descriptor.clone()),
         None => Which::Files(request.images.clone()),
     };
-    let snapshot = snapshot_of(request)?;
-    let access = if request.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let options = OpenOptions {
         which,
-        snapshot,
+        snapshot: snapshot_of(request)?,
         raw_cluster: raw_cluster_of(request),
-        accept_in_use: manner.is_successor,
         block_device: request.descriptor.is_none(),
-        ..OpenOptions::new("", access)
+        ..OpenOptions::new("", access_of(request))
     };
-    let deadline = Instant::now() + manner.lock_wait;
+    ops::open::open(&options)
+}
+
+fn access_of(request: &OpenRequest) -> Access {
+    if request.read_only { Access::ReadOnly } else { Access::ReadWrite }
+}
+
+/// Opens the very files that a dead server had open. An in-use mark is its own: no check, no repair. A lock that is taken
+/// is waited for.
+pub(crate) fn open_held(
+    held: &HeldFiles,
+    folder: Option<&DirectoryFolder>,
+    lock_wait: Duration,
+) -> Result<Opened> {
+    let request = &held.terms.open;
+    let options = OpenOptions {
+        raw_cluster: held.terms.raw_cluster_sectors.map(Sectors),
+        accept_in_use: true,
+        block_device: request.descriptor.is_none(),
+        ..OpenOptions::new("", access_of(request))
+    };
+    let images: Vec<_> =
+        held.images.iter().map(|image| (image.current_path(), image.descriptor.as_fd())).collect();
+    let deadline = Instant::now() + lock_wait;
     loop {
-        match ops::open::open(&options) {
+        match ops::open::open_held(&images, folder, &options) {
             Err(error) if error.kind() == ErrorKind::InUse && Instant::now() < deadline => {
                 std::thread::sleep(LOCK_RETRY);
             }
@@ -209,11 +222,27 @@ pub(crate) fn open(request: &OpenRequest, manner: Manner) -> Result<Opened> {
     }
 }
 
+/// The descriptor in the folder of a served disk, as a file.
+pub(crate) fn descriptor_in(folder: Option<&DirectoryFolder>) -> Option<ImageFile> {
+    let folder = folder?;
+    let FileIdentity { device, inode } = folder.identity_of(DESCRIPTOR_NAME).ok()?;
+    let path = folder.real_path().unwrap_or_else(|| folder.path().to_path_buf());
+    Some(ImageFile { path: path.join(DESCRIPTOR_NAME), device, inode })
+}
+
+/// Which files a chain has open, base first.
+pub(crate) fn identities_of(chain: &Chain) -> Result<Vec<FileIdentity>> {
+    let identity = |file: ImageFile| FileIdentity { device: file.device, inode: file.inode };
+    Ok(files_of(chain)?.into_iter().map(identity).collect())
+}
+
 /// The files of an open chain, base first.
 pub(crate) fn files_of(chain: &Chain) -> Result<Vec<ImageFile>> {
     let file = |delta: usize| {
-        let path = chain.name(delta).to_path_buf();
-        let identity = chain.storage(delta).descriptor().map(FileIdentity::of);
+        let open = chain.storage(delta).descriptor();
+        // Where it is now, if it has been moved.
+        let path = open.and_then(identity::current_path).unwrap_or_else(|| chain.name(delta).to_path_buf());
+        let identity = open.map(FileIdentity::of);
         match identity {
             Some(Ok(FileIdentity { device, inode })) => Ok(ImageFile { path, device, inode }),
             Some(Err(cause)) => Err(Error::io(ErrorKind::Stat, "examine the image", cause).at_path(path)),

@@ -16,17 +16,18 @@
 //!
 //! The server opens no path that a request names: the folder is that of the descriptor it serves.
 
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pcopy::freeze::{LocalQuiesce, MountedFileSystem, Quiesce, QuiesceOptions};
 use pcopy::transport::Cancel;
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
-use ploop_core::device::runtime::{self, Entry, ImageFile, State};
-use ploop_core::format::Guid;
-use ploop_core::io::file::Caching;
+use ploop_core::device::runtime::{self, Entry, State};
+use ploop_core::format::{DESCRIPTOR_NAME, Guid};
+use ploop_core::io::file::{Caching, DirectoryFolder};
+use ploop_core::io::identity;
 use ploop_core::ops::DescriptorLock;
 use ploop_core::ops::descriptor_lock::lock_timeout;
 use ploop_core::ops::live::{self, DeleteOptions, MergeNewOptions, RunningBundle, SnapshotOptions, Writers};
@@ -101,13 +102,20 @@ impl Writers for RemoteWriters<'_> {
 pub(crate) struct SnapshotService {
     disk: Arc<Disk>,
     entry: Entry,
+    /// The folder of the descriptor, if there is one.
+    folder: Option<Arc<DirectoryFolder>>,
     turns: Arc<Turns>,
 }
 
 impl SnapshotService {
-    /// Snapshots of `disk`, whose record is in `entry`.
-    pub(crate) fn new(disk: Arc<Disk>, entry: Entry, turns: Arc<Turns>) -> Self {
-        Self { disk, entry, turns }
+    /// Snapshots of `disk`, whose record is in `entry` and whose descriptor is in `folder`.
+    pub(crate) fn new(
+        disk: Arc<Disk>,
+        entry: Entry,
+        folder: Option<Arc<DirectoryFolder>>,
+        turns: Arc<Turns>,
+    ) -> Self {
+        Self { disk, entry, folder, turns }
     }
 
     /// Makes one.
@@ -123,7 +131,7 @@ impl SnapshotService {
         let options =
             SnapshotOptions { snapshot, temporary: request.temporary, ..SnapshotOptions::default() };
         let report = live::snapshot(&self.disk, &bundle, &mut writers, &options)?;
-        self.remember()?;
+        self.remember();
         serde_json::to_value(&report)
             .map_err(|cause| Error::io(ErrorKind::System, "write the report of a snapshot", cause.into()))
     }
@@ -143,7 +151,7 @@ impl SnapshotService {
                 let options = DeleteOptions::new(request.snapshot.parse()?);
                 let (_lock, bundle) = self.bundle()?;
                 let report = live::delete(&self.disk, &bundle, progress, &options)?;
-                self.remember()?;
+                self.remember();
                 Ok(report)
             },
         )
@@ -165,7 +173,7 @@ impl SnapshotService {
                 let (_lock, bundle) = self.bundle()?;
                 let options = MergeNewOptions::new(lower, upper, request.file);
                 let report = live::merge_new(&self.disk, &bundle, progress, &options)?;
-                self.remember()?;
+                self.remember();
                 Ok(report)
             },
         )
@@ -173,27 +181,30 @@ impl SnapshotService {
 
     /// The files of the disk, for this command alone.
     fn bundle(&self) -> Result<(DescriptorLock, RunningBundle)> {
-        let Some(descriptor) = self.entry.state()?.open.descriptor else {
+        let Some(folder) = &self.folder else {
             return Err(Error::new(
                 ErrorKind::Parameter,
                 "the disk was mounted from image files, which have no snapshots",
             )
             .advise("mount it by its DiskDescriptor.xml"));
         };
-        let folder = descriptor.parent().unwrap_or(Path::new("/"));
-        let lock = DescriptorLock::take(&descriptor, lock_timeout())?;
-        Ok((lock, RunningBundle::open(folder, Caching::Direct)?))
+        // The folder itself, wherever it is by now: its path may lead to another one.
+        let descriptor = identity::path_of(folder.as_fd()).join(DESCRIPTOR_NAME);
+        let lock = DescriptorLock::take(&descriptor, lock_timeout())
+            .map_err(|error| error.at_path(folder.path().join(DESCRIPTOR_NAME)))?;
+        Ok((lock, RunningBundle::of(folder, Caching::Direct)?))
     }
 
-    /// Tells those who look for a disk by its images or its descriptor, which is another file now.
-    fn remember(&self) -> Result<()> {
-        let images = open::files_of(&self.disk.chain())?;
-        let descriptor = self.entry.state()?.open.descriptor.map(|path| ImageFile::at(&path)).transpose()?;
+    /// Tells those who look for a disk by its images or its descriptor, which is another file now. The change is made:
+    /// where it cannot be told, that is no failure of it.
+    fn remember(&self) {
+        let Ok(images) = open::files_of(&self.disk.chain()) else { return };
+        let descriptor = open::descriptor_in(self.folder.as_deref());
         let update = |state: &mut State| {
             state.images = images;
             state.descriptor = descriptor.or(state.descriptor.take());
         };
-        self.entry.update(update).map(drop)
+        let _untold = self.entry.update(update);
     }
 }
 

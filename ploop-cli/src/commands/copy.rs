@@ -29,7 +29,7 @@ use crate::commands::init::{Format, ImageVersion};
 use crate::copy_service::{Ask, CHAIN_VERB, CopyRequest, Freight, VERB, Wishes, descriptor_of_all, to_value};
 use crate::exit::Outcome;
 use crate::leash;
-use crate::open::{self, Manner, Wanted};
+use crate::open::{self, Wanted};
 use crate::output::{Output, Report, complain, human_bytes};
 use crate::progress::Progress;
 use crate::signals;
@@ -496,7 +496,7 @@ fn send_closed(
     progress: &Progress,
 ) -> Result<Value> {
     let descriptor = is_chain.then(|| descriptor_of_all(request)).transpose()?;
-    let opened = open::open(request, Manner::default())?;
+    let opened = open::open(request)?;
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let disk = Disk::open(Arc::clone(&opened.chain), options)?;
     let sent = {

@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::args;
 use crate::exit::Outcome;
 use crate::file_system;
-use crate::open::{self, Manner, Wanted};
+use crate::open::{self, Wanted};
 use crate::output::{Output, Report, human_bytes};
 use crate::partition::{self, Layout};
 use crate::serving::{self, ServeOptions, Served};
@@ -277,7 +277,7 @@ fn fill(
 }
 
 fn write_table(request: &OpenRequest, layout: &Layout) -> Result<()> {
-    let opened = open::open(request, Manner::default())?;
+    let opened = open::open(request)?;
     let disk = Disk::open(Arc::clone(&opened.chain), DiskOptions::default())?;
     let written = (|| {
         let io = best_io_queue(QUEUE_DEPTH)

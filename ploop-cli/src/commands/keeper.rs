@@ -54,6 +54,7 @@ fn keep(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         let mut command = Command::new("/proc/self/exe");
         command.arg("serve").arg("--mode").arg(launch.mode.word());
         command.arg("--fuse").arg(launch.fuse.to_string()).arg("--memory").arg(launch.memory.to_string());
+        command.arg("--keeper").arg(launch.keeper.to_string());
         command.arg("--threads").arg(arguments.threads.to_string());
         if arguments.allow_reclaim_stall {
             command.arg("--allow-reclaim-stall");

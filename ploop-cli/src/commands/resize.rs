@@ -204,7 +204,7 @@ fn open_size(request: &OpenRequest) -> Result<Before> {
         None => None,
     };
     let request = OpenRequest { read_only: true, ..request.clone() };
-    let opened = crate::open::open(&request, crate::open::Manner::default())?;
+    let opened = crate::open::open(&request)?;
     let geometry = opened.chain.geometry();
     let mut head = vec![0; 4096];
     let mut at = 0usize;

@@ -5,20 +5,22 @@
 //! successor, if one is allowed.
 
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
-use ploop_core::device::control::{ControlServer, Handlers};
+use ploop_core::device::control::{Connection, ControlServer, Handlers};
+use ploop_core::device::fuse::held::{self, Handing};
 use ploop_core::device::fuse::keeper::{self, Mode, Protection};
 use ploop_core::device::fuse::server::{ServerOptions, Serving};
 use ploop_core::device::fuse::survivor::{FileIdentity, Legacy, Survivor};
 use ploop_core::device::fuse::sys::{self, FuseDevice};
-use ploop_core::device::runtime::{Entry, Failure, ImageFile};
+use ploop_core::device::runtime::{Entry, Failure, OpenRequest};
 use ploop_core::device::{Disk, DiskOptions};
-use ploop_core::format::Chain;
+use ploop_core::format::{Chain, DESCRIPTOR_NAME};
+use ploop_core::io::file::DirectoryFolder;
 use ploop_core::ops::{self, CompactOptions};
 use ploop_core::{Error, ErrorKind, Result};
 use serde_json::Value;
@@ -27,7 +29,7 @@ use crate::commands::{compact, map, stat};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
 use crate::job_service::{self, Cargo, Turns};
-use crate::open::{self, Manner};
+use crate::open;
 use crate::output::Output;
 use crate::resize_service;
 use crate::serving::Status;
@@ -56,6 +58,10 @@ pub(crate) struct Arguments {
     /// The inherited descriptor of the keeper's memory
     #[arg(long, value_name = "NUMBER")]
     memory: RawFd,
+
+    /// The inherited connection to the keeper
+    #[arg(long, value_name = "NUMBER")]
+    keeper: RawFd,
 
     /// Threads, each with a queue
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
@@ -102,14 +108,15 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         takeover: arguments.mode == Mode::Takeover,
         ..ServerOptions::default()
     };
-    let chain = open_chain(entry, arguments, &survivor, output)?;
-    let images = open::files_of(&chain)?;
-    // A dead server may have put another file in its place and not come to say so.
-    let descriptor = entry.state()?.open.descriptor.map(|path| ImageFile::at(&path)).transpose()?;
+    let keeper = Connection::inherited(inherited(arguments.keeper, "the connection to the keeper")?);
+    let Ground { chain, request, folder } = match arguments.mode {
+        Mode::First => begin(entry, keeper, &survivor, output)?,
+        Mode::Takeover | Mode::Finish => succeed(keeper, &survivor, output)?,
+    };
     let disk = Disk::open(
         chain,
         DiskOptions {
-            read_only: entry.state()?.open.read_only,
+            read_only: request.read_only,
             pending_log: Arc::clone(&survivor) as _,
             ..DiskOptions::default()
         },
@@ -120,12 +127,15 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     let outcome = Arc::new(Ending::default());
     let turns = Arc::new(Turns::default());
     let ready = Arc::new(AtomicBool::new(false));
-    let control = ControlServer::start(&entry.socket(), handlers(entry, &disk, &ready, &outcome, &turns))?;
+    let verbs = handlers(entry, &disk, folder.as_ref(), &ready, &outcome, &turns);
+    let control = ControlServer::start(&entry.socket(), verbs)?;
     let serving = Serving::start(fuse, Arc::clone(&disk), Arc::clone(&survivor), &options)?;
+    let (images, descriptor) = (open::files_of(&disk.chain())?, open::descriptor_in(folder.as_deref()));
     entry.update(|state| {
         state.size_bytes = Some(disk.size_bytes());
         state.images = images;
         state.descriptor = descriptor.or(state.descriptor.take());
+        state.open.descriptor = request.descriptor;
     })?;
     survivor.set_ready()?;
     ready.store(true, Ordering::Release);
@@ -142,32 +152,66 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     closed
 }
 
-/// Opens the chain; a successor enters what was pending.
-fn open_chain(
-    entry: &Entry,
-    arguments: &Arguments,
-    survivor: &Survivor,
-    output: &Output,
-) -> Result<Arc<Chain>> {
+/// What is served.
+struct Ground {
+    chain: Arc<Chain>,
+    request: OpenRequest,
+    /// The folder of the descriptor, if there is one.
+    folder: Option<Arc<DirectoryFolder>>,
+}
+
+/// Opens a disk by its names, for the first time and the last.
+fn begin(entry: &Entry, keeper: Connection, survivor: &Survivor, output: &Output) -> Result<Ground> {
     let request = entry.state()?.open;
-    let manner = match arguments.mode {
-        Mode::First => Manner::default(),
-        Mode::Takeover | Mode::Finish => Manner { lock_wait: LOCK_WAIT, is_successor: true },
+    let folder = match &request.descriptor {
+        Some(descriptor) => Some(Arc::new(DirectoryFolder::open(descriptor.parent().unwrap_or(Path::new("/")))?)),
+        None => None,
     };
-    let opened = open::open(&request, manner)?;
+    let opened = open::open(&request)?;
     opened.report.warnings.iter().for_each(|text| output.warn(text));
-    let top = opened
-        .chain
-        .storage(opened.chain.top())
-        .descriptor()
-        .map(FileIdentity::of)
-        .ok_or_else(|| Error::new(ErrorKind::Open, "the top of the disk is no file"))?
-        .map_err(|cause| Error::io(ErrorKind::Stat, "examine the image", cause))?;
-    if arguments.mode != Mode::First {
-        inherit(&opened.chain, top, &survivor.legacy()?)?;
+    if let Some(folder) = &folder
+        && held::named_in(folder, request.snapshot.as_deref())? != open::identities_of(&opened.chain)?
+    {
+        return Err(Error::new(ErrorKind::Busy, "open disk: its files were exchanged while it was opened")
+            .at_path(folder.path())
+            .advise("run the same command again"));
     }
+    survivor.set_top(top_of(&opened.chain)?)?;
+    let handing = Handing::new(keeper, request.clone(), folder.as_deref(), 0)?;
+    survivor.hand_files(handing, &opened.chain)?;
+    Ok(Ground { chain: opened.chain, request, folder })
+}
+
+/// Goes on with the very files that a dead server had open, and enters what was pending.
+fn succeed(keeper: Connection, survivor: &Survivor, output: &Output) -> Result<Ground> {
+    let legacy = survivor.legacy()?;
+    let chosen = held::choose(held::receive_all(&keeper)?, legacy.files, !legacy.entries.is_empty())?;
+    if let Some(warning) = &chosen.warning {
+        output.warn(warning);
+    }
+    let folder = chosen.files.open_folder()?.map(Arc::new);
+    let opened = open::open_held(&chosen.files, folder.as_deref(), LOCK_WAIT)?;
+    opened.report.warnings.iter().for_each(|text| output.warn(text));
+    let top = top_of(&opened.chain)?;
+    if chosen.files.top()? != top {
+        return Err(Error::new(ErrorKind::Open, "succeed a dead server: another file was opened than is held"));
+    }
+    inherit(&opened.chain, top, &legacy)?;
     survivor.set_top(top)?;
-    Ok(opened.chain)
+    let mut request = chosen.files.terms.open.clone();
+    if let (Some(descriptor), Some(folder)) = (&mut request.descriptor, &folder) {
+        *descriptor = folder.path().join(DESCRIPTOR_NAME);
+    }
+    let handing = Handing::new(keeper, request.clone(), folder.as_deref(), chosen.number_max)?;
+    survivor.hand_files(handing, &opened.chain)?;
+    Ok(Ground { chain: opened.chain, request, folder })
+}
+
+fn top_of(chain: &Chain) -> Result<FileIdentity> {
+    let file = chain.storage(chain.top()).descriptor();
+    file.map(FileIdentity::of)
+        .ok_or_else(|| Error::new(ErrorKind::Open, "the top of the disk is no file"))?
+        .map_err(|cause| Error::io(ErrorKind::Stat, "examine the image", cause))
 }
 
 /// Enters what a dead server had acknowledged and not yet written to the table.
@@ -217,6 +261,7 @@ impl Ending {
 fn handlers(
     entry: &Entry,
     disk: &Arc<Disk>,
+    folder: Option<&Arc<DirectoryFolder>>,
     ready: &Arc<AtomicBool>,
     ending: &Arc<Ending>,
     turns: &Arc<Turns>,
@@ -224,9 +269,9 @@ fn handlers(
     let (stop_entry, stop_ending) = (entry.clone(), Arc::clone(ending));
     let (compact_disk, map_disk) = (Arc::clone(disk), Arc::clone(disk));
     let turns = Arc::clone(turns);
-    let copies = Arc::new(CopyService::new(Arc::clone(disk), entry.clone(), Arc::clone(&turns)));
+    let copies = Arc::new(CopyService::new(Arc::clone(disk), folder.cloned(), Arc::clone(&turns)));
     let copies_of_deltas = Arc::clone(&copies);
-    let snapshots = Arc::new(SnapshotService::new(Arc::clone(disk), entry.clone(), Arc::clone(&turns)));
+    let snapshots = Arc::new(SnapshotService::new(Arc::clone(disk), entry.clone(), folder.cloned(), Arc::clone(&turns)));
     let (deletes, merges) = (Arc::clone(&snapshots), Arc::clone(&snapshots));
     let counted_disk = Arc::clone(disk);
     Handlers::new()

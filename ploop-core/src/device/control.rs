@@ -176,6 +176,22 @@ impl Connection {
             .is_ok_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
     }
 
+    /// Takes no more from the peer: what it has sent before is received, then the end.
+    pub fn end_receiving(&self) {
+        // Fails when the peer is gone, which is the end, too.
+        let _ = socket::shutdown(self.socket.as_raw_fd(), socket::Shutdown::Read);
+    }
+
+    /// The end behind a descriptor that came from the parent process.
+    pub fn inherited(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+
+    /// The descriptor, to be passed on.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// A second handle of this end.
     pub fn try_clone(&self) -> Result<Self> {
         self.socket

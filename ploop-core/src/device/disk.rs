@@ -254,14 +254,15 @@ impl Disk {
         self.chain_epoch.load(Ordering::SeqCst)
     }
 
-    /// Fails if [`Frozen::replace_chain`] would refuse this chain.
-    pub fn can_serve(&self, chain: &Chain) -> Result<()> {
+    /// Prepares for [`Frozen::replace_chain`] with this chain: fails if that would refuse it, and hands its files to whoever
+    /// keeps them for a successor. Called before anything on disk says that it is the disk's.
+    pub fn prepare_chain(&self, chain: &Chain) -> Result<()> {
         let layout = check_layout(chain, self.options.read_only)?;
         if (layout.cluster_bytes(), layout.disk_bytes()) != (self.cluster_bytes(), self.size_bytes()) {
             return Err(Error::new(ErrorKind::Parameter, "replace the chain of a disk: its sizes differ")
                 .at_path(chain.name(chain.top())));
         }
-        Ok(())
+        self.options.pending_log.chain_prepared(chain)
     }
 
     /// From now on discards free no clusters of the top: they write zeros where something is stored; and clusters are not

@@ -374,6 +374,7 @@ impl Flusher {
         rounds.freed.clear();
         rounds.epoch = if is_active(Mutant::FormerReadsForgotten) { 0 } else { epoch };
         self.log.top_replaced(&**chain.storage(chain.top()));
+        self.log.chain_replaced(&chain);
         rounds.chain = Arc::clone(&chain);
         Ok(chain)
     }

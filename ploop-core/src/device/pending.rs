@@ -19,10 +19,15 @@
 //!    freed by it is punched or handed out again. Before this call the records repeat what the file says, or will when
 //!    its writes are through: the last record for a cluster is never older than the file's entry.
 //! 4. [`top_replaced`](PendingLog::top_replaced) is called when nothing is pending and no write is running.
+//! 5. A chain is [prepared](PendingLog::chain_prepared) before a descriptor names it, and said to be
+//!    [in use](PendingLog::chain_replaced) before the first write goes there: at every moment the successor has the files
+//!    of the chain in use, and those of the one the descriptor may name already.
 //!
 //! `tests/succession.rs` tries every order of a write, a discard, their records, both seals, the syncs, the table write,
 //! the cut of the log and the punch, with a death after each (mutant M17: the steps of 2 apart).
 
+use crate::error::Result;
+use crate::format::Chain;
 use crate::io::Storage;
 use crate::units::{FileCluster, GuestCluster};
 
@@ -53,6 +58,17 @@ pub trait PendingLog: Send + Sync + std::fmt::Debug {
     fn poisoned(&self);
     /// Another delta, in the file `top`, becomes the top; nothing is pending and no write is running.
     fn top_replaced(&self, top: &dyn Storage);
+    /// `chain` is about to become the one in use: called before anything on disk says so. Whoever keeps the log sees to
+    /// it that a successor can open these very files, whatever their names are by then. An error means that the chain in
+    /// use must stay.
+    fn chain_prepared(&self, chain: &Chain) -> Result<()> {
+        let _unused = chain;
+        Ok(())
+    }
+    /// `chain` is in use from now on; called after [`top_replaced`](Self::top_replaced) and before any write goes there.
+    fn chain_replaced(&self, chain: &Chain) {
+        let _unused = chain;
+    }
 }
 
 /// Keeps nothing: for disks without a keeper, whose users die with the server or repeat what was not flushed.

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::buffer::{BUFFER_ALIGNMENT, IoBuf};
+use super::identity::{self, FileIdentity};
 use super::{Access, Alignment, Allocation, Folder, Storage, StorageExt, sys};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -390,6 +391,27 @@ impl DirectoryFolder {
         Ok(Self { descriptor, path: path.to_path_buf(), caching: Caching::Cached })
     }
 
+    /// The very folder behind a descriptor, wherever it is by now; `path` is for messages.
+    pub fn held(descriptor: BorrowedFd<'_>, path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let descriptor = sys::open_folder(&identity::path_of(descriptor))
+            .map_err(|error| explain(error, ErrorKind::Open, "open folder", &path))?;
+        Ok(Self { descriptor, path, caching: Caching::Cached })
+    }
+
+    /// Which file has the name `file` (`NAME` or `FOLDER/NAME`) in this folder now, following no link.
+    pub fn identity_of(&self, file: &str) -> Result<FileIdentity> {
+        if let Some((folder, name)) = file.split_once('/') {
+            return self.open_folder(folder)?.identity_of(name);
+        }
+        let examine = || -> io::Result<FileIdentity> {
+            let flags = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
+            let status = nix::sys::stat::fstatat(self.as_fd(), component(file)?, flags)?;
+            Ok(FileIdentity { device: status.st_dev, inode: status.st_ino })
+        };
+        examine().map_err(|error| explain(error, ErrorKind::Open, "find", &self.path.join(file)))
+    }
+
     /// The same folder; through [`Folder`] its files are then opened and created past the page cache where that is
     /// possible. For images alone: a small file may become longer by what fills its last block.
     #[must_use]
@@ -469,7 +491,8 @@ pub fn component(name: &str) -> io::Result<&str> {
 
 impl Folder for DirectoryFolder {
     fn real_path(&self) -> Option<PathBuf> {
-        std::fs::canonicalize(&self.path).ok()
+        // Of the folder itself, not of what its name leads to by now.
+        identity::current_path(self.as_fd()).or_else(|| std::fs::canonicalize(&self.path).ok())
     }
 
     fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn Storage>> {

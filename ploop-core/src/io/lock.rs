@@ -68,13 +68,26 @@ impl ImageLock {
     ///
     /// One open file is locked at most once: a second lock on the same description would not conflict.
     pub fn take(file: impl AsFd, path: &Path, ownership: Ownership) -> Result<Self> {
+        Self::take_file(file, path, ownership, true)
+    }
+
+    /// As [`take`](Self::take) for somebody who goes on with what he had locked before. Names that the file was given
+    /// meanwhile do not matter: they were given to an image that is written to.
+    pub fn take_again(file: impl AsFd, path: &Path, ownership: Ownership) -> Result<Self> {
+        Self::take_file(file, path, ownership, false)
+    }
+
+    fn take_file(file: impl AsFd, path: &Path, ownership: Ownership, counts_names: bool) -> Result<Self> {
         let cannot = |error| Error::io(ErrorKind::Lock, "lock image", error).at_path(path);
         let lock =
             Self { descriptor: sys::duplicate(&file).map_err(cannot)?, path: path.to_path_buf(), ownership };
         // From here on dropping `lock` takes back whatever part of it was got.
         match lock.take_bytes() {
             // Whoever gives a file a second name holds it as a reader meanwhile, so this count is not too old.
-            Ok(()) if ownership == Ownership::Writer && sys::link_count(&file).map_err(cannot)? > 1 => {
+            Ok(()) if counts_names
+                && ownership == Ownership::Writer
+                && sys::link_count(&file).map_err(cannot)? > 1 =>
+            {
                 Err(shared_by_clones(path))
             }
             Ok(()) => Ok(lock),

@@ -15,6 +15,7 @@
 
 pub mod buffer;
 pub mod file;
+pub mod identity;
 pub mod latch;
 pub mod lock;
 pub mod map;

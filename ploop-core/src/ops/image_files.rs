@@ -32,6 +32,12 @@ impl LockedFolder {
         Ok(Self { folder: DirectoryFolder::open(path)?, path: path.to_path_buf() })
     }
 
+    /// The same of a folder that is open.
+    pub(crate) fn of(folder: DirectoryFolder) -> Self {
+        let path = folder.path().to_path_buf();
+        Self { folder, path }
+    }
+
     fn open_locked(&self, name: &str, access: Access) -> Result<Arc<dyn Storage>> {
         let path = self.path.join(name);
         let explain = |error| file::explain(error, ErrorKind::Open, "open", &path);

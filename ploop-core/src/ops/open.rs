@@ -23,7 +23,7 @@ use crate::format::{
 use crate::io::file::{self, Caching, DirectoryFolder, FileStorage};
 use crate::io::latch::Latched;
 use crate::io::lock::{ImageLock, Ownership};
-use crate::io::{Access, Alignment, Allocation, Folder, Storage, sys};
+use crate::io::{Access, Alignment, Allocation, Folder, Storage, identity, sys};
 use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use crate::units::Sectors;
 
@@ -272,6 +272,32 @@ pub(super) fn open_for_work(options: &OpenOptions) -> Result<(Opened, Option<Des
     Ok((Opened { chain: opened.0, report: opened.1 }, None))
 }
 
+/// Opens the very files behind descriptors that hold them, base first, each with a name for messages: what a server had open
+/// that is succeeded. Names and descriptors on disk do not matter; `options.which` and `options.snapshot` are not looked at.
+/// With a folder it is synced first: what was answered to a flush relies on the descriptor in it.
+pub fn open_held(
+    images: &[(PathBuf, BorrowedFd<'_>)],
+    folder: Option<&DirectoryFolder>,
+    options: &OpenOptions,
+) -> Result<Opened> {
+    if let Some(folder) = folder.filter(|_| options.access == Access::ReadWrite) {
+        let failed = |cause| {
+            Error::io(ErrorKind::Sync, "open disk: sync its folder", cause).at_path(folder.path())
+        };
+        folder.sync().map_err(failed)?;
+    }
+    let mut opening = Opening { is_held: true, ..Opening::new(options) };
+    for (number, (path, descriptor)) in images.iter().enumerate() {
+        let access = access(options, number, images.len());
+        let storage = identity::reopen(*descriptor, access == Access::ReadWrite)
+            .and_then(|file| FileStorage::from_file(file, path, &opening.file_options(access)))
+            .map_err(|error| file::explain(error, ErrorKind::Open, "open", path))?;
+        opening.add(storage, path, access, number == 0 && options.raw_cluster.is_some())?;
+    }
+    let (chain, report) = opening.finish(options.raw_cluster)?;
+    Ok(Opened { chain, report })
+}
+
 fn access(options: &OpenOptions, number: usize, count: usize) -> Access {
     if number + 1 == count { options.access } else { Access::ReadOnly }
 }
@@ -421,11 +447,13 @@ struct Opening<'a> {
     sources: Vec<Source>,
     seen: BTreeSet<(u64, u64)>,
     direct: Vec<bool>,
+    /// Somebody had these very files open before.
+    is_held: bool,
 }
 
 impl<'a> Opening<'a> {
     fn new(options: &'a OpenOptions) -> Self {
-        Self { options, sources: Vec::new(), seen: BTreeSet::new(), direct: Vec::new() }
+        Self { options, sources: Vec::new(), seen: BTreeSet::new(), direct: Vec::new(), is_held: false }
     }
 
     /// Through the page cache at first: what may be asked of the file is known only once its header is read.
@@ -447,7 +475,11 @@ impl<'a> Opening<'a> {
             Access::ReadWrite => Ownership::Writer,
             Access::ReadOnly => Ownership::Reader,
         };
-        let lock = ImageLock::take(&storage, path, ownership)?;
+        let lock = if self.is_held {
+            ImageLock::take_again(&storage, path, ownership)?
+        } else {
+            ImageLock::take(&storage, path, ownership)?
+        };
         let storage = match self.options.caching {
             Caching::Cached => storage,
             Caching::Direct => self.past_the_cache(storage, path, access, raw)?,

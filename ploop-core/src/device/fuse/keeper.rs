@@ -20,7 +20,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,8 +28,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
 
+use super::held::{Came, Holdings, Incoming};
 use super::survivor::{Legacy, Survivor};
 use super::sys;
+use crate::device::control::Connection;
 use crate::device::runtime::{Entry, Failure, ProcessMark};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -78,6 +80,8 @@ pub struct Launch {
     pub fuse: RawFd,
     /// The number under which it inherits the survivor memory.
     pub memory: RawFd,
+    /// The number under which it inherits its connection to the keeper.
+    pub keeper: RawFd,
 }
 
 /// How processes in the write path of a mounted disk protect themselves, and it from them.
@@ -133,6 +137,8 @@ pub struct Keeper {
     fuse: OwnedFd,
     survivor: Survivor,
     entry: Entry,
+    /// The files of the disk.
+    holdings: Holdings,
     current: Current,
     deaths: VecDeque<Instant>,
     /// Successors in a row that did not come to serving.
@@ -160,7 +166,8 @@ impl Keeper {
 
     fn holding(fuse: OwnedFd, survivor: Survivor, entry: Entry) -> Self {
         let (current, deaths) = (Current::default(), VecDeque::new());
-        Self { fuse, survivor, entry, current, deaths, failures: 0, servers: 0 }
+        let holdings = Holdings::default();
+        Self { fuse, survivor, entry, holdings, current, deaths, failures: 0, servers: 0 }
     }
 
     /// Runs servers until one ends by order, or none can follow. `prepare` says how to start one; `log` takes what is
@@ -196,7 +203,7 @@ impl Keeper {
     fn run_servers(&mut self, prepare: &impl Fn(&Launch) -> Command, log: &dyn Fn(&str)) -> Result<()> {
         let mut mode = Mode::First;
         loop {
-            let status = self.run_one(mode, prepare)?;
+            let status = self.run_one(mode, prepare, log)?;
             if status.success() {
                 return Ok(());
             }
@@ -209,7 +216,7 @@ impl Keeper {
                     let has_more = legacy.servers > 0 && !legacy.poisoned && !legacy.incomplete;
                     if has_more && mode != Mode::Finish {
                         log(&format!("{error}; saving {} pending entries", legacy.entries.len()));
-                        let status = self.run_one(Mode::Finish, prepare)?;
+                        let status = self.run_one(Mode::Finish, prepare, log)?;
                         log(&format!("saving pending entries ended: {status}"));
                         return Err(if status.success() {
                             error.advise(
@@ -272,24 +279,63 @@ impl Keeper {
     }
 
     /// Starts a server and waits for its end.
-    fn run_one(&mut self, mode: Mode, prepare: &impl Fn(&Launch) -> Command) -> Result<ExitStatus> {
-        let failed =
-            |operation: &str, cause: io::Error| Error::io(ErrorKind::System, operation.to_owned(), cause);
-        let memory = self.survivor.file();
-        let launch = Launch { mode, fuse: self.fuse.as_raw_fd(), memory: memory.as_raw_fd() };
-        let inheritable =
-            |on| sys::set_inheritable(&self.fuse, on).and_then(|()| sys::set_inheritable(memory, on));
-        inheritable(true).map_err(|cause| failed("pass descriptors to a server", cause))?;
-        let started = prepare(&launch).spawn();
-        inheritable(false).map_err(|cause| failed("keep descriptors", cause))?;
-        let mut child = started.map_err(|cause| failed("start a server", cause))?;
+    fn run_one(
+        &mut self,
+        mode: Mode,
+        prepare: &impl Fn(&Launch) -> Command,
+        log: &dyn Fn(&str),
+    ) -> Result<ExitStatus> {
+        let (own, servers) = Connection::pair()?;
+        let mut child = self.spawn(mode, prepare, &servers)?;
+        drop(servers);
         let id = child.id();
         let pid = i32::try_from(id).ok().map(Pid::from_raw);
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = pid;
+        if mode != Mode::First {
+            // One that has died meanwhile takes nothing; how it ended is told below.
+            let _ = self.holdings.send(&own);
+        }
         let noted = self.entry.update(|state| state.server = ProcessMark::of(id));
-        let status = self.wait_for(&mut child, pid);
+        let (holdings, survivor) = (&self.holdings, &self.survivor);
+        let (status, problem) = std::thread::scope(|scope| {
+            let collector = std::thread::Builder::new()
+                .name("files".into())
+                .spawn_scoped(scope, || collect(&own, holdings, survivor));
+            let status = self.wait_for(&mut child, pid);
+            // What it had sent is still received.
+            own.end_receiving();
+            let collected = match collector {
+                Ok(thread) => thread.join().unwrap_or_else(|_| {
+                    Err(Error::new(ErrorKind::System, "the thread that takes files over panicked"))
+                }),
+                Err(_) => collect(&own, holdings, survivor),
+            };
+            (status, collected.err())
+        });
+        if let Some(problem) = problem {
+            log(&format!("files of the server were not taken over: {problem}"));
+        }
         noted?;
-        status.map_err(|cause| failed("wait for the server", cause))
+        status.map_err(|cause| Error::io(ErrorKind::System, "wait for the server", cause))
+    }
+
+    fn spawn(
+        &self,
+        mode: Mode,
+        prepare: &impl Fn(&Launch) -> Command,
+        connection: &Connection,
+    ) -> Result<Child> {
+        let failed =
+            |operation: &str, cause: io::Error| Error::io(ErrorKind::System, operation.to_owned(), cause);
+        let passed = [self.fuse.as_fd(), self.survivor.file().as_fd(), connection.descriptor()];
+        let [fuse, memory, keeper] = passed.map(|descriptor| descriptor.as_raw_fd());
+        let launch = Launch { mode, fuse, memory, keeper };
+        let inheritable =
+            |on| passed.iter().try_for_each(|&descriptor| sys::set_inheritable(descriptor, on));
+        inheritable(true).map_err(|cause| failed("pass descriptors to a server", cause))?;
+        let started = prepare(&launch).spawn();
+        inheritable(false).map_err(|cause| failed("keep descriptors", cause))?;
+        started.map_err(|cause| failed("start a server", cause))
     }
 
     fn wait_for(&self, child: &mut Child, pid: Option<Pid>) -> io::Result<ExitStatus> {
@@ -302,6 +348,19 @@ impl Keeper {
         }
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
         child.wait()
+    }
+}
+
+/// Takes the files over that a server hands to its keeper, until it ends.
+fn collect(from: &Connection, holdings: &Holdings, survivor: &Survivor) -> Result<()> {
+    let mut incoming = Incoming::default();
+    loop {
+        match incoming.receive(from, None)? {
+            Came::Files(files) => holdings.add(files, survivor.files()?),
+            Came::Done => holdings.forget_before(survivor.files()?),
+            Came::Nothing => {}
+            Came::End => return Ok(()),
+        }
     }
 }
 
@@ -340,6 +399,7 @@ mod tests {
             incomplete: false,
             servers: 1,
             top: None,
+            files: 1,
             entries: Vec::new(),
         }
     }

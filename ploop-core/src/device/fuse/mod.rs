@@ -3,8 +3,10 @@
 //! * [`wire`]: the protocol as bytes. [`sys`]: system calls. Neither knows a disk.
 //! * [`server`]: answers the kernel's requests from a [`Disk`](super::Disk), with threads that are workers.
 //! * [`survivor`]: the memory that outlives a server, so that a successor serves what was acknowledged.
+//! * [`held`]: the files of the disk as the keeper holds them, so that a successor serves these and no others.
 //! * [`keeper`]: the process that holds the FUSE descriptor and that memory while servers come and go.
 
+pub mod held;
 pub mod keeper;
 pub mod server;
 pub mod survivor;

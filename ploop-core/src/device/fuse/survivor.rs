@@ -14,13 +14,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::held::Handing;
 use super::sys;
 use super::wire::Agreement;
 use crate::device::pending::{PendingEntry, PendingLog, Seal};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::Chain;
 use crate::io::Storage;
+pub use crate::io::identity::FileIdentity;
 use crate::units::{FileCluster, GuestCluster};
 
 const MAGIC: u64 = 0x3130_5652_5553_4c50;
@@ -44,28 +47,12 @@ enum Word {
     TopInode = 7,
     Servers = 8,
     Stopped = 9,
+    Files = 10,
 }
 
 impl Word {
     fn offset(self) -> u64 {
         self as u64 * 8
-    }
-}
-
-/// Which file is the top of the chain: a log belongs to one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileIdentity {
-    /// Device number of its file system.
-    pub device: u64,
-    /// Inode number.
-    pub inode: u64,
-}
-
-impl FileIdentity {
-    /// The identity of the file behind a descriptor.
-    pub fn of(descriptor: impl std::os::fd::AsFd) -> io::Result<Self> {
-        let status = nix::sys::stat::fstat(descriptor)?;
-        Ok(Self { device: status.st_dev, inode: status.st_ino })
     }
 }
 
@@ -82,6 +69,8 @@ pub struct Legacy {
     pub servers: u64,
     /// Which file `entries` belong to.
     pub top: Option<FileIdentity>,
+    /// Which of the files that the keeper holds are in use: their number; 0 for none.
+    pub files: u64,
     /// Pending entries, oldest first; a later one for the same cluster holds.
     pub entries: Vec<PendingEntry>,
 }
@@ -91,6 +80,8 @@ pub struct Legacy {
 pub struct Survivor {
     file: File,
     log_end: Mutex<u64>,
+    /// The way to the keeper, in a server.
+    handing: OnceLock<Handing>,
 }
 
 impl Survivor {
@@ -99,7 +90,7 @@ impl Survivor {
         let build = || -> io::Result<Self> {
             let file = sys::create_memory_file("ploop-survivor")?;
             file.write_all_at(&vec![0; usize::try_from(LOG_START).map_err(io::Error::other)?], 0)?;
-            let survivor = Self { file, log_end: Mutex::new(LOG_START) };
+            let survivor = Self { file, log_end: Mutex::new(LOG_START), handing: OnceLock::new() };
             survivor.set(Word::LogStart, LOG_START)?;
             survivor.set(Word::Magic, MAGIC)?;
             Ok(survivor)
@@ -123,7 +114,7 @@ impl Survivor {
             })?;
         // A record cut by death is overwritten by none: the next begins behind it.
         let end = length.max(LOG_START).next_multiple_of(RECORD_BYTES as u64);
-        Ok(Self { file, log_end: Mutex::new(end) })
+        Ok(Self { file, log_end: Mutex::new(end), handing: OnceLock::new() })
     }
 
     /// The descriptor, to be passed on.
@@ -156,6 +147,23 @@ impl Survivor {
     pub fn set_top(&self, top: FileIdentity) -> Result<()> {
         self.note(Word::TopDevice, top.device)?;
         self.note(Word::TopInode, top.inode)
+    }
+
+    /// Hands the files of chains to the keeper from now on, and those of `chain` at once: they are the ones in use.
+    pub fn hand_files(&self, handing: Handing, chain: &Chain) -> Result<()> {
+        let handing = self.handing.get_or_init(|| handing);
+        handing.hand(chain)?;
+        self.note(Word::Files, handing.number())
+    }
+
+    /// Remembers that the files of this number, which the keeper holds, are in use.
+    pub fn set_files(&self, number: u64) -> Result<()> {
+        self.note(Word::Files, number)
+    }
+
+    /// The number of the files in use.
+    pub fn files(&self) -> Result<u64> {
+        self.legacy_word(Word::Files)
     }
 
     /// Remembers that one more server has come to serving.
@@ -192,6 +200,7 @@ impl Survivor {
                 incomplete: self.get(Word::Incomplete)? != 0 || !whole,
                 servers: self.get(Word::Servers)?,
                 top: (top.inode != 0).then_some(top),
+                files: self.get(Word::Files)?,
                 entries,
             })
         };
@@ -321,6 +330,21 @@ impl PendingLog for Survivor {
         if !matches!(named, Some(Ok(()))) {
             self.mark_incomplete();
         }
+    }
+
+    fn chain_prepared(&self, chain: &Chain) -> Result<()> {
+        self.handing.get().map_or(Ok(()), |handing| handing.hand(chain))
+    }
+
+    fn chain_replaced(&self, chain: &Chain) {
+        let Some(handing) = self.handing.get() else { return };
+        // Most often it was prepared, and this does nothing. Without these files no successor may serve.
+        let done = handing.hand(chain).and_then(|()| self.note(Word::Files, handing.number()));
+        if done.is_err() {
+            return self.mark_incomplete();
+        }
+        // The keeper lets go of the former ones, whose space is given back then.
+        handing.replaced();
     }
 }
 

@@ -1,11 +1,13 @@
 //! The files of a running disk.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::file::{self, Caching, DirectoryFolder};
+use crate::io::identity::FileIdentity;
 use crate::io::{Access, Folder, Storage};
 use crate::ops::image_files::LockedFolder;
 use crate::ops::open::LockedStorage;
@@ -20,6 +22,11 @@ pub trait Bundle: Send + Sync {
     fn open_image(&self, file: &str, access: Access, raw: bool) -> Result<Arc<dyn Storage>>;
     /// The same folder for images that the running disk does not use: each is locked while it is open.
     fn unused_images(&self) -> &dyn Folder;
+    /// Which file has this name now; `None` where files have no identity.
+    fn identity_of(&self, file: &str) -> Result<Option<FileIdentity>> {
+        let _unused = file;
+        Ok(None)
+    }
     /// Removes an image file, if it is there.
     fn remove_image(&self, file: &str) -> Result<()>;
     /// An image that is about to be removed, for giving its space back afterwards; `None`: that is left to the host. It is not
@@ -41,12 +48,14 @@ pub struct RunningBundle {
 impl RunningBundle {
     /// The bundle in the folder at `path`.
     pub fn open(path: &Path, caching: Caching) -> Result<Self> {
-        Ok(Self {
-            folder: DirectoryFolder::open(path)?,
-            unused_images: LockedFolder::open(path)?,
-            path: path.to_path_buf(),
-            caching,
-        })
+        Self::of(&DirectoryFolder::open(path)?, caching)
+    }
+
+    /// The bundle in a folder that is open, wherever it is by now.
+    pub fn of(folder: &DirectoryFolder, caching: Caching) -> Result<Self> {
+        let path = folder.real_path().unwrap_or_else(|| folder.path().to_path_buf());
+        let again = || DirectoryFolder::held(folder.as_fd(), &path);
+        Ok(Self { folder: again()?, unused_images: LockedFolder::of(again()?), path: path.clone(), caching })
     }
 }
 
@@ -65,6 +74,10 @@ impl Bundle for RunningBundle {
 
     fn unused_images(&self) -> &dyn Folder {
         &self.unused_images
+    }
+
+    fn identity_of(&self, file: &str) -> Result<Option<FileIdentity>> {
+        self.folder.identity_of(file).map(Some)
     }
 
     fn keep_image(&self, file: &str) -> Option<Arc<dyn Storage>> {

@@ -37,7 +37,7 @@ use serde::Serialize;
 use super::catching_up::{CatchingUp, check_clean, not_quiet};
 use super::copier::{self, Copier};
 use super::space::Held;
-use super::{Bundle, DRAIN_TIMEOUT, at_descriptor, check_same, load, milliseconds, remove_obsolete, told};
+use super::{Bundle, DRAIN_TIMEOUT, at_descriptor, check_same, check_same_file, load, milliseconds, remove_obsolete, told};
 use crate::device::{Disk, Frozen};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::MergeInto;
@@ -320,6 +320,7 @@ impl Merge<'_> {
         old.claim(None)?;
         let mut borrowed = Borrowed(Some(old));
         let storage = self.bundle.open_image(&file, Access::ReadWrite, raw)?;
+        check_same_file(&**old, &*storage)?;
         let mut after = descriptor.clone();
         after.finish_merge(lower, upper, MergeInto::Lower).map_err(at_descriptor(self.bundle))?;
         after.was_a_deletion(upper);
@@ -390,7 +391,7 @@ impl Merge<'_> {
         self.progress.end();
         parent.close()?;
         let new = chain.without(self.child, parent)?;
-        self.disk.can_serve(&new)?;
+        self.disk.prepare_chain(&new)?;
         let staged = after.stage(self.bundle.folder()).map_err(at_descriptor(self.bundle))?;
         self.disk.flush()?;
         let closed = Instant::now();
@@ -422,7 +423,7 @@ impl Merge<'_> {
     ) -> Result<DeleteReport> {
         let (disk, chain) = (self.disk, &*self.chain);
         let new = chain.promoted(parent)?;
-        disk.can_serve(&new)?;
+        disk.prepare_chain(&new)?;
         let kept = disk.keep_entries();
         // Discards that did not know of it have ended, and what they cleared is durably cleared.
         drop(self.freeze().map_err(not_quiet)?);

@@ -73,7 +73,7 @@ impl Merge<'_> {
         }
         let view = parent.reopened(FileCluster(0))?;
         let new = self.chain.with_lower(index, &view)?;
-        self.disk.can_serve(&new)?;
+        self.disk.prepare_chain(&new)?;
         let frozen = self.freeze()?;
         frozen.replace_chain(|in_use| {
             check_same(in_use, &self.chain)?;

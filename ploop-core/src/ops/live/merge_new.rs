@@ -235,7 +235,7 @@ impl MergeNew<'_> {
             return self.merge_frozen(&new, after);
         }
         let next = self.chain.with_range_merged(self.lower, self.upper, &new)?;
-        self.disk.can_serve(&next)?;
+        self.disk.prepare_chain(&next)?;
         let kept = self.disk.keep_entries();
         let done = self.merge_top(&new, &next, (before, after));
         // Committed, or nothing below the top in use has changed.
@@ -327,7 +327,7 @@ impl MergeNew<'_> {
         copier.flush()?;
         new.close()?;
         let next = self.chain.with_range_merged(self.lower, self.upper, new)?;
-        self.disk.can_serve(&next)?;
+        self.disk.prepare_chain(&next)?;
         let staged = after.stage(self.bundle.folder()).map_err(at_descriptor(self.bundle))?;
         self.disk.flush()?;
         let closed = Instant::now();

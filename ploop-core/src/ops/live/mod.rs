@@ -33,6 +33,8 @@ pub use snapshot::{SnapshotOptions, SnapshotReport, snapshot};
 use crate::device::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Chain, DESCRIPTOR_NAME, DiskDescriptor};
+use crate::io::Storage;
+use crate::io::identity::FileIdentity;
 
 /// How long writes in flight may take to end before a change of the chain is given up.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -112,19 +114,51 @@ fn load(disk: &Disk, bundle: &dyn Bundle) -> Result<DiskDescriptor> {
     }
     let descriptor =
         DiskDescriptor::load(bundle.folder(), Some(bundle.path())).map_err(at_descriptor(bundle))?;
-    check_chain(&disk.chain(), &descriptor).map_err(at_descriptor(bundle))?;
+    check_chain(&disk.chain(), bundle, &descriptor).map_err(at_descriptor(bundle))?;
     Ok(descriptor)
 }
 
-fn check_chain(chain: &Chain, descriptor: &DiskDescriptor) -> Result<()> {
+/// Whether the descriptor names the files that are open, not only others of the same names.
+fn check_chain(chain: &Chain, bundle: &dyn Bundle, descriptor: &DiskDescriptor) -> Result<()> {
     let images = descriptor.chain_for(descriptor.top_guid())?;
-    let is_same = images.len() == chain.depth()
-        && images.iter().enumerate().all(|(delta, image)| chain.name(delta).ends_with(image.file()));
-    if is_same {
+    let is_same = |delta: usize, file: &str| {
+        let is_open = match bundle.identity_of(file)? {
+            None => chain.name(delta).ends_with(file),
+            Some(named) => is_file(&**chain.storage(delta), named)?,
+        };
+        Ok::<_, Error>(is_open)
+    };
+    let mut all_same = images.len() == chain.depth();
+    for (delta, image) in images.iter().enumerate() {
+        all_same = all_same && is_same(delta, image.file())?;
+    }
+    if all_same {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Descriptor, "the disk runs other images than its descriptor says")
         .advise("unmount the disk and mount it again before changing its snapshots"))
+}
+
+/// Whether `storage` is that file.
+fn is_file(storage: &dyn Storage, file: FileIdentity) -> Result<bool> {
+    let Some(descriptor) = storage.descriptor() else { return Ok(false) };
+    let open = FileIdentity::of(descriptor)
+        .map_err(|cause| Error::io(ErrorKind::Stat, "examine an image of the disk", cause))?;
+    Ok(open == file)
+}
+
+/// Fails if `opened`, by its name, is not the file that the chain in use has open.
+fn check_same_file(in_use: &dyn Storage, opened: &dyn Storage) -> Result<()> {
+    let file = match opened.descriptor() {
+        None => return Ok(()),
+        Some(descriptor) => FileIdentity::of(descriptor)
+            .map_err(|cause| Error::io(ErrorKind::Stat, "examine an image of the disk", cause))?,
+    };
+    if is_file(in_use, file)? {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Descriptor, "the name of an image of the disk belongs to another file now")
+        .advise("put the image back under its name, or unmount the disk, then run the same command again"))
 }
 
 /// Fails if the chain in use is not the one that the next one was made of: its places may be others by now.

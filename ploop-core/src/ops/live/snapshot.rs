@@ -99,7 +99,7 @@ pub fn snapshot(
     descriptor.store(folder).map_err(at_descriptor(bundle))?;
 
     let made = make_top(bundle, &old, &file).and_then(|new| {
-        disk.can_serve(&new)?;
+        disk.prepare_chain(&new)?;
         let held = hold(disk, bundle, writers, (&old, &new), &after, options)?;
         Ok((new, held))
     });
