@@ -13,9 +13,9 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -249,11 +249,20 @@ impl Drop for Running<'_> {
     }
 }
 
+/// A mounted file system that was found and verified to be one of the disk.
+#[derive(Debug)]
+pub struct MountedFileSystem {
+    /// For people: mount point and device, and the namespace if it is another.
+    pub name: String,
+    /// Something open on that very file system. Whatever lies on its mount point by now, this is what is frozen.
+    pub folder: OwnedFd,
+}
+
 /// How a disk that this process (or one on this machine) serves is made quiet.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct QuiesceOptions {
-    /// Where its file systems are mounted; each is frozen, in this order, and thawed in the other.
-    pub mount_points: Vec<PathBuf>,
+    /// Its mounted file systems, each once; each is frozen, in this order, and thawed in the other.
+    pub file_systems: Vec<MountedFileSystem>,
     /// The operator's freeze command.
     pub freeze_command: Option<String>,
     /// The operator's command that undoes it.
@@ -270,7 +279,6 @@ pub const HOOK_TIMEOUT: Duration = Duration::from_secs(60);
 /// Freezes and thaws from this process.
 pub struct LocalQuiesce {
     options: QuiesceOptions,
-    mounts: Vec<(PathBuf, OwnedFd)>,
     cancel: Option<Cancel>,
     guardian: Option<Guardian>,
     /// The hook was started: its thaw command is due.
@@ -280,22 +288,11 @@ pub struct LocalQuiesce {
 }
 
 impl LocalQuiesce {
-    /// Opens the mount points now, since opening them later could wait for the frozen file system, and starts the
-    /// guardian.
+    /// Starts the guardian.
     pub fn new(options: QuiesceOptions, cancel: Option<Cancel>) -> Result<Self> {
-        let mut mounts = Vec::new();
-        for path in &options.mount_points {
-            let folder = sys::open_folder(path).map_err(|error| {
-                Error::io(ErrorKind::Open, "open mount point", error)
-                    .at_path(path)
-                    .advise("see whether it is still mounted")
-            })?;
-            mounts.push((path.clone(), folder));
-        }
-        let mut local =
-            Self { options, mounts, cancel, guardian: None, hook_begun: false, frozen: Vec::new() };
+        let mut local = Self { options, cancel, guardian: None, hook_begun: false, frozen: Vec::new() };
         // A thaw command comes with a freeze command.
-        let needs_guardian = !local.mounts.is_empty()
+        let needs_guardian = !local.options.file_systems.is_empty()
             || local.options.freeze_command.is_some()
             || local.options.thaw_command.is_some();
         if local.options.guardian && needs_guardian {
@@ -311,11 +308,11 @@ impl LocalQuiesce {
 
 impl Quiesce for LocalQuiesce {
     fn sync_file_system(&mut self) -> Result<bool> {
-        for (path, folder) in &self.mounts {
-            sys::sync_file_system(folder.as_fd())
-                .map_err(|error| Error::io(ErrorKind::Sync, "sync file system", error).at_path(path))?;
+        for one in &self.options.file_systems {
+            sys::sync_file_system(one.folder.as_fd())
+                .map_err(|error| Error::io(ErrorKind::Sync, "sync file system", error).at_path(&one.name))?;
         }
-        Ok(!self.mounts.is_empty())
+        Ok(!self.options.file_systems.is_empty())
     }
 
     fn run_hook(&mut self) -> Result<()> {
@@ -332,14 +329,14 @@ impl Quiesce for LocalQuiesce {
         if let Some(guardian) = &mut self.guardian {
             guardian.tell(FREEZING)?;
         }
-        for (index, (path, folder)) in self.mounts.iter().enumerate() {
+        for (index, MountedFileSystem { name, folder }) in self.options.file_systems.iter().enumerate() {
             match sys::freeze_file_system(folder.as_fd()) {
                 Ok(()) => self.frozen.push(index),
                 // The freeze command has done it: thawing is the thaw command's.
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy && self.hook_begun => {}
                 Err(error) => {
                     let message = format!("freeze file system: {error}");
-                    return Err(Error::io(ErrorKind::NotQuiet, message, error).at_path(path).advise(
+                    return Err(Error::io(ErrorKind::NotQuiet, message, error).at_path(name).advise(
                         "only root can freeze, and only once: see who has frozen it (fsfreeze -u thaws it)",
                     ));
                 }
@@ -350,13 +347,15 @@ impl Quiesce for LocalQuiesce {
 
     fn thaw(&mut self) -> Result<()> {
         let mut result = Ok(());
-        while let Some((path, folder)) = self.frozen.last().and_then(|last| self.mounts.get(*last)) {
+        while let Some(MountedFileSystem { name, folder }) =
+            self.frozen.last().and_then(|last| self.options.file_systems.get(*last))
+        {
             if let Err(error) = sys::thaw_file_system(folder.as_fd())
                 // Somebody else has thawed it: what was wanted.
                 && error.kind() != io::ErrorKind::InvalidInput
             {
-                let error = Error::io(ErrorKind::System, "thaw file system", error).at_path(path);
-                result = Err(error.advise(format!("thaw it by hand: fsfreeze -u {}", path.display())));
+                let error = Error::io(ErrorKind::System, "thaw file system", error).at_path(name);
+                result = Err(error.advise("thaw it by hand: fsfreeze -u MOUNTPOINT"));
                 break;
             }
             self.frozen.pop();
@@ -416,12 +415,10 @@ impl Guardian {
         let timeout = options.hook_timeout.unwrap_or(HOOK_TIMEOUT);
         let mut parts =
             vec![timeout.as_millis().to_string(), options.thaw_command.clone().unwrap_or_default()];
-        for path in &options.mount_points {
-            let path = path.to_str().ok_or_else(|| {
-                Error::new(ErrorKind::Parameter, "the mount point's name is no text").at_path(path)
-            })?;
-            parts.push(path.into());
-        }
+        // By our descriptors, which are verified; a path may mean another file system by now.
+        let open =
+            |one: &MountedFileSystem| format!("/proc/{}/fd/{}", std::process::id(), one.folder.as_raw_fd());
+        parts.extend(options.file_systems.iter().map(open));
         let order = serde_json::to_vec(&parts)
             .map_err(|error| Error::new(ErrorKind::System, "tell the guardian its task").caused_by(error))?;
         let len = u32::try_from(order.len()).unwrap_or(u32::MAX);
@@ -498,7 +495,8 @@ fn guard() -> io::Result<()> {
     let timeout = Duration::from_millis(timeout.parse().unwrap_or(60_000));
     let mut mounts = Vec::new();
     for path in paths {
-        mounts.push((path, sys::open_folder(Path::new(path))?));
+        let name = std::fs::read_link(path).unwrap_or_else(|_| path.into());
+        mounts.push((name, File::open(path)?));
     }
     io::stdout().write_all(b"r")?;
     io::stdout().flush()?;
@@ -528,9 +526,11 @@ fn guard() -> io::Result<()> {
         return Ok(());
     }
     let mut result = Ok(());
-    for (path, folder) in mounts.iter().rev() {
+    for (name, folder) in mounts.iter().rev() {
         match sys::thaw_file_system(folder.as_fd()) {
-            Ok(()) => _ = writeln!(io::stderr(), "guardian: {path} was thawed, as the copy died"),
+            Ok(()) => {
+                _ = writeln!(io::stderr(), "guardian: {} was thawed, as the copy died", name.display());
+            }
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
             Err(error) => result = Err(error),
         }

@@ -428,7 +428,7 @@ impl Drop for Mounted {
 
 #[test]
 fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
-    use pcopy::{LocalQuiesce, Quiesce, QuiesceOptions};
+    use pcopy::{LocalQuiesce, MountedFileSystem, Quiesce, QuiesceOptions};
     use std::os::fd::AsFd;
     let root = referee::folder();
     let mounted = match Mounted::new(root.path()) {
@@ -460,8 +460,12 @@ fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
     assert!(!is_frozen());
 
     // The copy lives: it freezes, and dropping it is enough to thaw.
-    let options = QuiesceOptions { mount_points: vec![mounted.0.clone()], ..Default::default() };
-    let mut quiesce = LocalQuiesce::new(options.clone(), None).unwrap();
+    let options = || {
+        let name = mounted.0.display().to_string();
+        let folder = sys::open_folder(&mounted.0).unwrap();
+        QuiesceOptions { file_systems: vec![MountedFileSystem { name, folder }], ..Default::default() }
+    };
+    let mut quiesce = LocalQuiesce::new(options(), None).unwrap();
     assert!(quiesce.sync_file_system().unwrap());
     quiesce.run_hook().unwrap();
     quiesce.freeze_file_system().unwrap();
@@ -470,7 +474,7 @@ fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
     assert!(!is_frozen());
     quiesce.freeze_file_system().unwrap();
     // Twice is refused, and the first one stays ours to undo.
-    let mut second = LocalQuiesce::new(options, None).unwrap();
+    let mut second = LocalQuiesce::new(options(), None).unwrap();
     assert_eq!(second.freeze_file_system().unwrap_err().kind(), ploop_core::ErrorKind::NotQuiet);
     drop(second);
     assert!(is_frozen());

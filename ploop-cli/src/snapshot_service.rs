@@ -20,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pcopy::freeze::{LocalQuiesce, Quiesce, QuiesceOptions};
+use pcopy::freeze::{LocalQuiesce, MountedFileSystem, Quiesce, QuiesceOptions};
 use pcopy::transport::Cancel;
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
@@ -197,6 +197,16 @@ impl SnapshotService {
     }
 }
 
+/// The file system mounted there, open.
+pub(crate) fn opened(point: PathBuf) -> Result<MountedFileSystem> {
+    let folder = ploop_core::io::sys::open_folder(&point).map_err(|cause| {
+        Error::io(ErrorKind::Open, "open mount point", cause)
+            .at_path(&point)
+            .advise("see whether it is still mounted")
+    })?;
+    Ok(MountedFileSystem { name: point.display().to_string(), folder })
+}
+
 /// Lets the server of a disk make a snapshot, and does with the mounted file system what it asks; the report.
 ///
 /// With `freezes`, a file system that is mounted from the disk is frozen for the moment of the snapshot.
@@ -212,7 +222,7 @@ pub(crate) fn ask_snapshot(
         None => None,
     };
     let options = QuiesceOptions {
-        mount_points: mount_point.into_iter().collect(),
+        file_systems: mount_point.into_iter().map(opened).collect::<Result<_>>()?,
         guardian: true,
         ..QuiesceOptions::default()
     };

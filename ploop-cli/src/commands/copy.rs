@@ -33,6 +33,7 @@ use crate::open::{self, Manner, Wanted};
 use crate::output::{Output, Report, complain, human_bytes};
 use crate::progress::Progress;
 use crate::signals;
+use crate::snapshot_service::opened;
 
 /// Copy a disk, running or not, through a pipe
 ///
@@ -460,7 +461,7 @@ impl Origin {
             None => None,
         };
         let options = QuiesceOptions {
-            mount_points: mount_point.into_iter().collect(),
+            file_systems: mount_point.into_iter().map(opened).collect::<Result<_>>()?,
             freeze_command: arguments.freeze_command.clone(),
             thaw_command: arguments.thaw_command.clone(),
             hook_timeout: arguments.freeze_timeout.map(Duration::from_secs),
