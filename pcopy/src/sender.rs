@@ -52,6 +52,9 @@ pub struct SendOptions {
     pub freeze_stall_timeout: Duration,
     /// Writes in flight may take this long to finish when the gate closes.
     pub gate_timeout: Duration,
+    /// Writers that go on through the freeze are no failure: the gate holds them for the last pass, and the copy is as
+    /// after a power loss at that moment.
+    pub is_crash_consistent: bool,
     /// Ends the copy from outside.
     pub cancel: Option<Cancel>,
 }
@@ -65,6 +68,7 @@ impl Default for SendOptions {
             stall_timeout: Duration::from_secs(120),
             freeze_stall_timeout: Duration::from_secs(10),
             gate_timeout: Duration::from_secs(30),
+            is_crash_consistent: false,
             cancel: None,
         }
     }

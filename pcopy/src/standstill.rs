@@ -92,6 +92,10 @@ impl<'a> Standstill<'a> {
         let sent = sender.course().total.wire_bytes;
         let mut rounds = 0;
         while sender.course().source.dirty_bytes() > 0 {
+            if rounds > FROZEN_ROUNDS_MAX && sender.course().options.is_crash_consistent {
+                // Nobody was to be stopped but by the gate.
+                break;
+            }
             if rounds > FROZEN_ROUNDS_MAX {
                 return Err(Error::new(
                     ErrorKind::NotQuiet,
@@ -300,6 +304,17 @@ mod tests {
         let (ended, steps) = run(9, "", false);
         assert!(ended.unwrap_err().to_string().contains("(3 rounds)"));
         assert_eq!(steps, ["hook", "freeze", "sweep", "sweep", "sweep", "thaw"]);
+    }
+
+    #[test]
+    fn a_crash_consistent_copy_has_its_last_harvest_behind_the_gate_however_much_is_written() {
+        let options = SendOptions { is_crash_consistent: true, ..SendOptions::default() };
+        let (ended, steps) = run_with(options, 3, "", false);
+        ended.unwrap();
+        assert_eq!(
+            steps,
+            ["hook", "freeze", "sweep", "sweep", "sweep", "last sweep behind the gate", "thaw"]
+        );
     }
 
     #[test]

@@ -68,6 +68,9 @@ pub(crate) struct Wishes {
     /// The stream is the original's.
     #[serde(default)]
     pub(crate) is_original: bool,
+    /// Writers that nothing has stopped are held at the disk for the last pass.
+    #[serde(default)]
+    pub(crate) is_crash_consistent: bool,
 }
 
 /// What is sent of an open disk.
@@ -126,6 +129,7 @@ impl Wishes {
     fn send_options(&self, cancel: Cancel) -> SendOptions {
         let mut options = SendOptions { cancel: Some(cancel), ..SendOptions::default() };
         options.convergence.freeze_ms_max = self.freeze_ms_max;
+        options.is_crash_consistent = self.is_crash_consistent;
         if let Some(passes) = self.passes_max {
             options.convergence.passes_max = passes;
         }

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use ploop_core::device::runtime;
 use ploop_core::{Error, ErrorKind, Result};
+use ploop_server::holders::Holders;
 
 /// A file system whose size can be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +102,9 @@ fn check_ext(device: &Path) -> Result<()> {
 /// Lets the file system fill the device. A mounted one grows where it is; `point` is the name of a folder to be made if
 /// it has to be mounted for that.
 pub(crate) fn grow(inner: Inner, device: &Path, point: &Path) -> Result<()> {
-    let mounted = runtime::mount_points_of(device)?.pop();
+    // The tools look for the mount point themselves and act on what lies there.
+    let holders = Holders::of(device)?;
+    let mounted = holders.usable_mount("grow the file system")?.map(|mounted| mounted.mount.point.clone());
     match (inner, mounted) {
         (Inner::Ext, Some(_)) => must_succeed("resize2fs", &[device.as_os_str()]),
         (Inner::Ext, None) => {

@@ -16,6 +16,7 @@ mod output;
 mod partition;
 mod progress;
 mod qemu;
+mod quiesce;
 mod repartition;
 mod resize_service;
 mod serving;

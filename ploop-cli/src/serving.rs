@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ploop_core::device::control::Connection;
 use ploop_core::device::loop_device::{self, AttachOptions};
-use ploop_core::device::runtime::{self, Entry, OpenRequest, PartitionRange, Runtime, State};
+use ploop_core::device::runtime::{Entry, OpenRequest, PartitionRange, Runtime, State};
 use ploop_core::ops::Space;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
@@ -255,32 +255,6 @@ pub(crate) fn first_partition(file: &Path) -> Result<Option<PartitionRange>> {
         )
         .at_path(file)
         .advise("attach the whole disk with -n and repair the table")),
-    }
-}
-
-/// Unmounts every file system on `device`, last mounted first.
-pub(crate) fn unmount_all(device: &Path) -> Result<()> {
-    let deadline = Instant::now() + BUSY_MAX;
-    loop {
-        let Some(point) = runtime::mount_points_of(device)?.pop() else { return Ok(()) };
-        match nix::mount::umount2(&point, nix::mount::MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) => {}
-            Err(nix::errno::Errno::EBUSY) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            Err(nix::errno::Errno::EBUSY) => {
-                return Err(Error::new(ErrorKind::UnmountBusy, "unmount the file system: it is in use")
-                    .at_path(&point)
-                    .advise(format!("end what uses it; find it with: fuser -vm {}", point.display())));
-            }
-            // Somebody else was faster.
-            Err(nix::errno::Errno::EINVAL) if !runtime::mount_points_of(device)?.contains(&point) => {}
-            Err(errno) => {
-                return Err(
-                    Error::io(ErrorKind::Unmount, "unmount the file system", errno.into()).at_path(point)
-                );
-            }
-        }
     }
 }
 

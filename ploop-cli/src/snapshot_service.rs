@@ -17,14 +17,13 @@
 //! The server opens no path that a request names: the folder is that of the descriptor it serves.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use pcopy::freeze::{LocalQuiesce, MountedFileSystem, Quiesce, QuiesceOptions};
+use pcopy::freeze::{Quiesce, QuiesceOptions};
 use pcopy::transport::Cancel;
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
-use ploop_core::device::runtime::{self, Entry, State};
+use ploop_core::device::runtime::{Entry, State};
 use ploop_core::format::{DESCRIPTOR_NAME, Guid};
 use ploop_core::io::file::{Caching, DirectoryFolder};
 use ploop_core::io::identity;
@@ -38,7 +37,9 @@ use serde_json::Value;
 use crate::copy_service::{Ask, RemoteQuiesce};
 use crate::job_service::{self, Company, Turns};
 use crate::open;
+use crate::output::Output;
 use crate::progress::Job;
+use crate::quiesce::{Allowed, AsOf, DiskQuiesce};
 
 /// The verb that makes a snapshot.
 pub(crate) const SNAPSHOT: &str = "snapshot";
@@ -210,33 +211,32 @@ impl SnapshotService {
 
 /// Lets the server of a disk make a snapshot, and does with the mounted file system what it asks; the report.
 ///
-/// With `freezes`, a file system that is mounted from the disk is frozen for the moment of the snapshot.
+/// The report says as of what the snapshot is.
 pub(crate) fn ask_snapshot(
     state: &State,
     entry: &Entry,
     request: &SnapshotRequest,
-    freezes: bool,
+    allowed: Allowed,
+    output: &Output,
 ) -> Result<Value> {
-    // All mount points of one device show one file system, which can be frozen only once.
-    let mount_point: Option<PathBuf> = match state.loop_device.as_deref().filter(|_| freezes) {
-        Some(device) => runtime::mount_points_of(device)?.into_iter().next(),
-        None => None,
-    };
-    let file_system = mount_point.as_deref().map(MountedFileSystem::open).transpose()?;
-    let options = QuiesceOptions {
-        file_systems: file_system.into_iter().collect(),
-        guardian: true,
-        ..QuiesceOptions::default()
-    };
-    let mut quiesce = LocalQuiesce::new(options, None)?;
+    let commands = QuiesceOptions { guardian: true, ..QuiesceOptions::default() };
+    let mut quiesce = DiskQuiesce::new(Some(state), Allowed { commands, ..allowed }, None)?;
     let connection = crate::serving::connect(entry)?;
     connection.request(SNAPSHOT, request, &[])?;
-    connection.answer(SNAPSHOT, None, |message| {
+    let mut report = connection.answer(SNAPSHOT, None, |message| {
         if let Ok(ask) = serde_json::from_value::<Ask>(message) {
             // A server that does not take the reply is gone, which the wait for its answer finds out.
             let _ = connection.send(&ask.obey(&mut quiesce), &[]);
         }
-    })
+    })?;
+    quiesce.tell(&mut report);
+    if quiesce.as_of() == AsOf::CrashConsistent {
+        output.warn(&format!(
+            "the snapshot is crash-consistent, as after a power loss: {}",
+            quiesce.details().join("; ")
+        ));
+    }
+    Ok(report)
 }
 
 /// Lets the server of a disk delete a snapshot, and shows how far it is; the report.

@@ -11,8 +11,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use ploop_core::device::runtime::{self, State};
+use ploop_core::device::runtime::State;
 use ploop_core::{Error, ErrorKind, Result};
+use ploop_server::holders::{Holders, OpenedFileSystem};
 use serde::Serialize;
 
 /// Name of the record.
@@ -36,10 +37,11 @@ pub(crate) struct SpaceUsed {
 }
 
 impl SpaceUsed {
-    /// Asks the kernel about the file system mounted at `point`.
-    pub(crate) fn of_mounted(point: &Path) -> Result<Self> {
-        let status = nix::sys::statvfs::statvfs(point).map_err(|errno| {
-            Error::io(ErrorKind::Stat, "ask how full the file system is", errno.into()).at_path(point)
+    /// Asks the kernel about a mounted file system.
+    pub(crate) fn of_mounted(file_system: &OpenedFileSystem) -> Result<Self> {
+        let status = nix::sys::statvfs::fstatvfs(&file_system.folder).map_err(|errno| {
+            Error::io(ErrorKind::Stat, "ask how full the file system is", errno.into())
+                .at_path(&file_system.name)
         })?;
         Ok(Self {
             block_bytes: status.fragment_size(),
@@ -124,8 +126,14 @@ pub(crate) fn record_folder(state: &State) -> Option<PathBuf> {
 
 /// How full the file system of a served disk is, if it is mounted somewhere.
 pub(crate) fn of_served(state: &State) -> Option<SpaceUsed> {
-    let points = runtime::mount_points_of(state.loop_device.as_deref()?).ok()?;
-    SpaceUsed::of_mounted(points.first()?).ok()
+    SpaceUsed::of_mounted(&open_of(state).ok()??).ok()
+}
+
+/// The first file system of a served disk, wherever it is mounted.
+pub(crate) fn open_of(state: &State) -> Result<Option<OpenedFileSystem>> {
+    let Some(device) = &state.loop_device else { return Ok(None) };
+    let holders = Holders::of(device)?;
+    holders.file_systems().first().map(|file_system| holders.open_file_system(file_system)).transpose()
 }
 
 #[cfg(test)]

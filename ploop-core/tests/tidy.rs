@@ -96,7 +96,7 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
 fn sources() -> Vec<Source> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace");
     let mut files = Vec::new();
-    for member in ["ploop-core", "pcopy", "ploop-cli", "ploop-testing", "fuzz", "benches"] {
+    for member in ["ploop-core", "pcopy", "ploop-server", "ploop-cli", "ploop-testing", "fuzz", "benches"] {
         collect(&root.join(member).join("src"), &mut files);
     }
     files.sort();
@@ -178,8 +178,9 @@ fn files_are_touched_only_through_the_io_layer() {
 
 #[test]
 fn libraries_do_not_print_or_exit() {
-    let library =
-        |source: &Source| source.name.starts_with("ploop-core/") || source.name.starts_with("pcopy/");
+    let library = |source: &Source| {
+        ["ploop-core/", "pcopy/", "ploop-server/"].iter().any(|one| source.name.starts_with(one))
+    };
     refuse(
         |source| library(source) && !source.name.ends_with("/main.rs"),
         |_, line| {
@@ -226,7 +227,7 @@ fn the_sources_are_really_read() {
 fn no_test_is_skipped_without_a_record() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace");
     let mut files = Vec::new();
-    for member in ["ploop-core", "pcopy", "ploop-cli", "fuzz"] {
+    for member in ["ploop-core", "pcopy", "ploop-server", "ploop-cli", "fuzz"] {
         for part in ["src", "tests"] {
             let folder = root.join(member).join(part);
             if folder.exists() {

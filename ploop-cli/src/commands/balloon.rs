@@ -7,12 +7,14 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use ploop_core::device::runtime::{self, Runtime, State};
+use ploop_core::device::runtime::{Runtime, State};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Result};
+use ploop_server::holders::{OpenedFileSystem, unmount_all};
 use serde::Serialize;
 
 use crate::args;
@@ -23,7 +25,7 @@ use crate::open::{self, Wanted};
 use crate::output::{Output, Report, human_bytes};
 use crate::progress::Job;
 use crate::serving::{self, ServeOptions, Served};
-use crate::space_used::SpaceUsed;
+use crate::space_used::{self, SpaceUsed};
 
 /// Give free space back to the host (discard), in the original's words
 #[derive(Debug, clap::Args)]
@@ -189,8 +191,8 @@ fn refuse(verb: &str, words: &Anything, advice: &str) -> Outcome {
     Err(Error::new(ErrorKind::Parameter, message).advise(advice).into())
 }
 
-/// A served disk and a place where its file system is mounted.
-fn mounted_at(name: &Path) -> Result<(State, PathBuf)> {
+/// A served disk and its mounted file system, wherever that is.
+fn mounted_at(name: &Path) -> Result<(State, OpenedFileSystem)> {
     let not_mounted = || {
         Error::new(ErrorKind::NotMounted, "the disk is not mounted; its balloon is a file in its file system")
             .at_path(name)
@@ -200,18 +202,16 @@ fn mounted_at(name: &Path) -> Result<(State, PathBuf)> {
         open::look_at(name)?;
         return Err(not_mounted());
     };
-    let points = match &state.loop_device {
-        Some(device) => runtime::mount_points_of(device)?,
-        None => Vec::new(),
-    };
-    let point = points.into_iter().next().ok_or_else(not_mounted)?;
-    Ok((state, point))
+    let opened = space_used::open_of(&state)?.ok_or_else(not_mounted)?;
+    Ok((state, opened))
 }
 
-/// The balloon in the file system mounted at `point`. What the guest calls so may be anything.
-fn balloon_at(point: &Path) -> Result<Held> {
-    let file = point.join(BALLOON);
-    match std::fs::symlink_metadata(&file) {
+/// The balloon in a file system. What the guest calls so may be anything.
+fn balloon_on(file_system: &OpenedFileSystem) -> Result<Held> {
+    let file = file_system.point.join(BALLOON);
+    // By the descriptor: the path may lead elsewhere.
+    let way = format!("/proc/self/fd/{}/{BALLOON}", file_system.folder.as_raw_fd());
+    match std::fs::symlink_metadata(way) {
         Ok(metadata) if metadata.is_file() => Ok(Held {
             balloon_bytes: metadata.len(),
             allocated_bytes: metadata.blocks().saturating_mul(512),
@@ -231,13 +231,13 @@ fn show(named: &Named, is_status: bool) -> Result<Held> {
         .flatten()
         .next()
         .ok_or_else(|| Error::new(ErrorKind::Parameter, "say which disk"))?;
-    let (_, point) = mounted_at(name)?;
-    Ok(Held { is_status, ..balloon_at(&point)? })
+    let (_, file_system) = mounted_at(name)?;
+    Ok(Held { is_status, ..balloon_on(&file_system)? })
 }
 
 fn stat(disk: &Path) -> Result<Stat> {
-    let (state, point) = mounted_at(disk)?;
-    let used = SpaceUsed::of_mounted(&point)?;
+    let (state, file_system) = mounted_at(disk)?;
+    let used = SpaceUsed::of_mounted(&file_system)?;
     let blocks = used.blocks.saturating_sub(used.blocks_free);
     let mut image_bytes = 0_u64;
     for image in &state.images {
@@ -249,7 +249,7 @@ fn stat(disk: &Path) -> Result<Stat> {
         data_bytes: blocks.saturating_mul(used.block_bytes),
         disk_bytes: state.size_bytes.unwrap_or(0),
         image_bytes,
-        balloon_bytes: balloon_at(&point)?.balloon_bytes,
+        balloon_bytes: balloon_on(&file_system)?.balloon_bytes,
     })
 }
 
@@ -321,7 +321,7 @@ fn mounted(served: &Served, wishes: &Wishes<'_>, job: &Job, output: &Output) -> 
 /// Undoes the mount and ends the server.
 fn unmount(served: &Served) -> Result<()> {
     if let Some(device) = &served.state.loop_device {
-        serving::unmount_all(device)?;
+        unmount_all(device)?;
     }
     let point = point_of(served);
     match std::fs::remove_dir(&point) {

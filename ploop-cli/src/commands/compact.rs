@@ -4,19 +4,19 @@
 //! server could not even be killed), so that what it has freed is free in the image, too. Then the server, or this
 //! process for a closed disk, moves clusters from the end of the file into free places and cuts the end off.
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use ploop_core::device::runtime::{self, Entry, Runtime, State};
+use ploop_core::device::runtime::{Entry, Runtime, State};
 use ploop_core::format::DESCRIPTOR_NAME;
 use ploop_core::io::sys;
 use ploop_core::ops::Progress;
 use ploop_core::ops::compact::{CompactOptions, CompactReport, compact};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Result};
+use ploop_server::holders::OpenedFileSystem;
 use serde::Serialize;
 
 use crate::args;
@@ -25,6 +25,7 @@ use crate::job_service::{self, Company};
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report, human_bytes};
 use crate::progress::Job;
+use crate::space_used;
 
 /// The verb of the control socket, and what may run beside it.
 pub(crate) const VERB: (&str, Company) = ("compact", Company::BesideCopy);
@@ -184,14 +185,11 @@ fn compact_served(
 /// Has the file system on a served disk discard what is free; how much. `None` when nothing is mounted, or the file
 /// system cannot.
 fn trim(wishes: &Wishes<'_>, state: &State, job: &Job, output: &Output) -> Result<Option<u64>> {
-    let point = match &state.loop_device {
-        Some(device) => runtime::mount_points_of(device)?.into_iter().next(),
-        None => None,
-    };
-    let Some(point) = point.filter(|_| !state.open.read_only) else { return Ok(None) };
-    let failed = |cause| Error::io(ErrorKind::DeviceCommand, "trim the file system", cause).at_path(&point);
-    let folder = File::open(&point)
-        .map_err(|cause| Error::io(ErrorKind::Open, "open the mount point", cause).at_path(&point))?;
+    if state.open.read_only {
+        return Ok(None);
+    }
+    let Some(OpenedFileSystem { name, folder, .. }) = space_used::open_of(state)? else { return Ok(None) };
+    let failed = |cause| Error::io(ErrorKind::DeviceCommand, "trim the file system", cause).at_path(&name);
     let total = state.partition.map(|partition| partition.len).or(state.size_bytes).unwrap_or(0);
     let meter = job.meter();
     // The rate limit is for moving: here nothing is moved.
@@ -203,7 +201,7 @@ fn trim(wishes: &Wishes<'_>, state: &State, job: &Job, output: &Output) -> Resul
         match sys::trim_file_system(folder.as_fd(), at, len, wishes.run_bytes_min) {
             Ok(bytes) => trimmed = trimmed.saturating_add(bytes),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => {
-                output.warn(&format!("the file system at {} cannot be trimmed", point.display()));
+                output.warn(&format!("the file system {name} cannot be trimmed"));
                 return Ok(None);
             }
             // The file system is smaller than its device: there is nothing out there.

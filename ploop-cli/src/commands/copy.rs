@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use pcopy::freeze::{LocalQuiesce, MountedFileSystem, QuiesceOptions};
+use pcopy::freeze::QuiesceOptions;
 use pcopy::stats::Event;
 use pcopy::target::{Destination, FileTarget, ImageDestination, ImageOptions, Target};
 use pcopy::transport::{Cancel, Link, Peer};
 use pcopy::wire::{Hello, ImageKind};
 use pcopy::{ReceiveOptions, receive};
 use ploop_core::device::control::Connection;
-use ploop_core::device::runtime::{self, Entry, OpenRequest, Runtime, State};
+use ploop_core::device::runtime::{Entry, OpenRequest, Runtime, State};
 use ploop_core::device::{Disk, DiskOptions};
 use ploop_core::format::DESCRIPTOR_NAME;
 use ploop_core::io::sys;
@@ -32,6 +32,7 @@ use crate::leash;
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report, complain, human_bytes};
 use crate::progress::Progress;
+use crate::quiesce::{Allowed, AsOf, DiskQuiesce};
 use crate::signals;
 
 /// Copy a disk, running or not, through a pipe
@@ -50,7 +51,7 @@ use crate::signals;
                   copy is proven equal or has failed. The disk keeps running here. A failed copy leaves no file under the \
                   final name.\n\n\
                   Exit codes: 0 sent completely (--to and -d: received, verified and durable); 1 the target exists; 13 the \
-                  stream is damaged; 14 the freeze command failed, the disk does not become quiet or the freeze would last too long; 37 in use."
+                  stream is damaged; 14 the freeze command failed, the disk does not become quiet, something uses it that cannot be frozen, or the freeze would last too long; 37 in use."
 )]
 pub(crate) struct Arguments {
     /// What to send: the device, the mount point, the image or the DiskDescriptor.xml of a disk
@@ -73,6 +74,11 @@ pub(crate) struct Arguments {
     /// Command that undoes the freeze command, run by sh when the disk runs again, also after a failure
     #[arg(long = "thaw", value_name = "COMMAND", requires = "freeze_command")]
     thaw_command: Option<String>,
+
+    /// Where something uses the disk that can neither be frozen nor is stopped by -F: go on, and say so. The copy is then
+    /// as after a power loss
+    #[arg(long, requires = "source")]
+    crash_consistent: bool,
 
     /// Send to this command's stdin and read its answers from its stdout; quotes and backslashes as in a shell,
     /// nothing else of a shell
@@ -214,10 +220,11 @@ impl Report for Sent {
         let seconds = report["seconds"].as_f64().unwrap_or(0.0);
         let passes = report["passes"].as_array().map_or(0, Vec::len);
         let committed = report["committed"].as_bool().unwrap_or(false);
+        let as_of = AsOf::phrase(report["as_of"].as_str());
         let state = if committed {
-            "copied, verified and durable"
+            format!("copied, verified and durable, {as_of}")
         } else {
-            "sent; the receiver tells whether it arrived"
+            format!("sent, {as_of}; the receiver tells whether it arrived")
         };
         let mib_per_second = bytes as f64 / f64::from(1 << 20) / seconds.max(1e-3);
         let deltas = match report["deltas"].as_u64() {
@@ -240,7 +247,13 @@ impl Report for Sent {
             ms("last_pass_ms"),
             human_bytes(downtime["bytes"].as_u64().unwrap_or(0)),
             ms("seal_ms"),
-        )
+        )?;
+        let details = report["as_of_details"].as_array().map_or(&[][..], Vec::as_slice);
+        let details: Vec<_> = details.iter().filter_map(Value::as_str).collect();
+        match details.as_slice() {
+            [] => writeln!(out, "as of: {as_of}"),
+            details => writeln!(out, "as of: {as_of}: {}", details.join("; ")),
+        }
     }
 }
 
@@ -366,6 +379,9 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
     let sent = from.send(arguments, link, &cancel, &progress);
     let figures = finish(sent, peer, arguments)?;
     progress.done(&figures);
+    if figures["as_of"] == AsOf::CrashConsistent.word() {
+        output.warn("the copy is crash-consistent, as after a power loss: something that used the disk was not stopped");
+    }
     if !to_standard_output {
         return output.report(&Sent(figures));
     }
@@ -450,40 +466,46 @@ impl Origin {
     }
 
     fn send(&self, arguments: &Arguments, link: Link, cancel: &Cancel, progress: &Progress) -> Result<Value> {
-        let device = match self {
-            Self::Served(state, _) => state.loop_device.as_deref(),
+        let served = match self {
+            Self::Served(state, _) => Some(&**state),
             Self::Closed(_) => None,
         };
-        // All mount points of one device show one file system, which can be frozen only once.
-        let mount_point = match device {
-            Some(device) => runtime::mount_points_of(device)?.into_iter().next(),
-            None => None,
-        };
-        let file_system = mount_point.as_deref().map(MountedFileSystem::open).transpose()?;
-        let options = QuiesceOptions {
-            file_systems: file_system.into_iter().collect(),
+        let commands = QuiesceOptions {
+            file_systems: Vec::new(),
             freeze_command: arguments.freeze_command.clone(),
             thaw_command: arguments.thaw_command.clone(),
             hook_timeout: arguments.freeze_timeout.map(Duration::from_secs),
             guardian: true,
         };
-        let mut quiesce = LocalQuiesce::new(options, Some(cancel.clone()))?;
+        let allowed = Allowed {
+            crash_consistent: arguments.crash_consistent,
+            no_freeze: false,
+            commands,
+            advice: "end that use; or give a command that stops it (-F) and one that undoes that (--thaw); or copy the disk \
+                     as after a power loss, with --crash-consistent",
+        };
+        let mut quiesce = DiskQuiesce::new(served, allowed, Some(cancel.clone()))?;
         let wishes = Wishes {
             freeze_ms_max: arguments.max_freeze,
             passes_max: arguments.passes.map(|passes| u32::try_from(passes).unwrap_or(u32::MAX)),
             stall_timeout_s: arguments.stall_timeout,
             freeze_stall_timeout_s: Some(arguments.freeze_stall_timeout),
             is_original: arguments.protocol == 1,
+            is_crash_consistent: arguments.crash_consistent,
         };
         let is_chain = arguments.chain;
-        match self {
+        let sent = match self {
             Self::Served(_, entry) => {
                 send_served(entry, (is_chain, wishes), link, &mut quiesce, cancel, progress)
             }
             Self::Closed(request) => {
                 send_closed(request, (is_chain, wishes), link, &mut quiesce, cancel, progress)
             }
-        }
+        };
+        sent.map(|mut figures| {
+            quiesce.tell(&mut figures);
+            figures
+        })
     }
 }
 
@@ -491,7 +513,7 @@ fn send_closed(
     request: &OpenRequest,
     (is_chain, wishes): (bool, Wishes),
     link: Link,
-    quiesce: &mut LocalQuiesce,
+    quiesce: &mut DiskQuiesce,
     cancel: &Cancel,
     progress: &Progress,
 ) -> Result<Value> {
@@ -515,7 +537,7 @@ fn send_served(
     entry: &Entry,
     (is_chain, wishes): (bool, Wishes),
     link: Link,
-    quiesce: &mut LocalQuiesce,
+    quiesce: &mut DiskQuiesce,
     cancel: &Cancel,
     progress: &Progress,
 ) -> Result<Value> {

@@ -1,9 +1,10 @@
 //! `ploop list`: the disks being served on this machine.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use ploop_core::device::runtime::{self, Runtime, State};
+use ploop_core::device::runtime::{Runtime, State};
+use ploop_server::holders::{Holders, Mounted, OtherUse, printable};
 use serde::Serialize;
 
 use crate::exit::Outcome;
@@ -34,13 +35,52 @@ enum Health {
     Failed,
 }
 
+/// A user of the device.
+#[derive(Debug, Serialize)]
+struct Use {
+    /// For people.
+    text: String,
+    /// Where the file system is mounted, if it is one.
+    mount_point: Option<String>,
+    /// Its kind.
+    file_system: Option<String>,
+    /// The node that is used: the device, a partition of it, or what stands on it.
+    node: Option<PathBuf>,
+    /// A process of the mount namespace it is in, if that is another than ours.
+    process: Option<u32>,
+    /// Name of that process's program.
+    command: Option<String>,
+}
+
+impl Use {
+    fn of(mounted: &Mounted) -> Self {
+        let elsewhere = Some(&mounted.namespace).filter(|namespace| !namespace.is_here);
+        Self {
+            text: mounted.to_string(),
+            mount_point: Some(mounted.mount.point.to_string_lossy().into_owned()),
+            file_system: Some(mounted.mount.kind.clone()),
+            node: Some(mounted.node.path.clone()),
+            process: elsewhere.map(|namespace| namespace.process),
+            command: elsewhere.map(|namespace| namespace.command.clone()),
+        }
+    }
+
+    fn other(other: &OtherUse) -> Self {
+        let text = other.to_string();
+        Self { text, mount_point: None, file_system: None, node: None, process: None, command: None }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Line {
     id: String,
     health: Health,
     device: Option<PathBuf>,
     disk: PathBuf,
-    mount_points: Vec<PathBuf>,
+    /// Those that can be reached here.
+    mount_points: Vec<String>,
+    /// All of them, and what else uses the device.
+    used_by: Vec<Use>,
     component: Option<String>,
     read_only: bool,
     disk_bytes: Option<u64>,
@@ -65,7 +105,12 @@ impl Report for Lines {
                 line.device.as_ref().map_or_else(|| "-".into(), |device| device.display().to_string());
             write!(out, "{device:<12} {}", line.disk.display())?;
             for point in &line.mount_points {
-                write!(out, " {}", point.display())?;
+                write!(out, " {}", printable(Path::new(point)))?;
+            }
+            for user in
+                line.used_by.iter().filter(|user| user.mount_point.is_none() || user.process.is_some())
+            {
+                write!(out, " ({})", user.text)?;
             }
             if let Some(component) = &line.component {
                 write!(out, " {component}")?;
@@ -103,10 +148,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
 }
 
 fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
-    let mount_points = match &state.loop_device {
-        Some(device) => runtime::mount_points_of(device)?,
-        None => Vec::new(),
-    };
+    let holders = state.loop_device.as_deref().map(Holders::of).transpose()?.unwrap_or_default();
+    let here = holders.mounts.iter().filter(|mounted| mounted.namespace.is_here);
+    let mount_points = here.map(|mounted| mounted.mount.point.to_string_lossy().into_owned()).collect();
+    let users = holders.mounts.iter().map(Use::of).chain(holders.others.iter().map(Use::other));
     let (health, jobs) = if state.failure.is_some() || (!state.is_running() && state.keeper.is_some()) {
         (Health::Failed, Vec::new())
     } else {
@@ -121,6 +166,7 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         health,
         disk: state.descriptor.map(|file| file.path).or(top).unwrap_or_default(),
         mount_points,
+        used_by: users.collect(),
         component: state.component,
         read_only: state.open.read_only,
         disk_bytes: state.size_bytes,

@@ -11,11 +11,12 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use ploop_core::device::loop_device;
-use ploop_core::device::runtime::{OpenRequest, PartitionRange, mount_points_of};
+use ploop_core::device::runtime::{OpenRequest, PartitionRange};
 use ploop_core::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use ploop_core::ops::resize::Shrink;
 use ploop_core::units::{SECTOR_BYTES, Sectors};
 use ploop_core::{Error, ErrorKind, Result};
+use ploop_server::holders::Holders;
 use serde::Serialize;
 
 use crate::args;
@@ -111,6 +112,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let (size, inside) = match sizing::find(&arguments.disk, false)? {
         Target::Served(served) if arguments.offline => return Err(in_use(&served, &arguments.disk).into()),
         Target::Served(served) => {
+            // Found out before anything is changed.
+            if let Some(device) = &served.state.loop_device {
+                Holders::of(device)?.usable_mount("resize a mounted file system")?;
+            }
             let size = sizing::served(&served, arguments.size, output)?;
             let inside = grow_inside(&served, size.disk_bytes)?;
             (size, inside)
@@ -290,8 +295,11 @@ fn grow_inside(served: &Served, disk_bytes: u64) -> Result<Inside> {
 fn shrink_inside(served: &Served, disk_bytes: u64, force: bool) -> Result<(Inside, Shrink)> {
     let state = served.entry.state()?;
     let device = device_of(served)?;
-    if let Some(point) = mount_points_of(&device)?.pop() {
-        return Err(Error::new(ErrorKind::InUse, "the file system was mounted meanwhile").at_path(point));
+    if let Some(mounted) = Holders::of(&device)?.mounts.first() {
+        return Err(Error::new(
+            ErrorKind::InUse,
+            format!("the file system was mounted meanwhile: {mounted}"),
+        ));
     }
     let end = match state.partition {
         Some(partition) => repartition::partition_end(disk_bytes).saturating_sub(partition.offset),

@@ -1,17 +1,21 @@
 //! `ploop snapshot`: keep the current state of a disk, running or not.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use ploop_core::format::Guid;
+use ploop_core::io::sys::sync_file_system;
 use ploop_core::ops::{self, SnapshotOptions};
 use ploop_core::{Error, ErrorKind};
+use ploop_server::holders::Holders;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::exit::Outcome;
 use crate::output::{Output, Report};
 use crate::progress::Job;
+use crate::quiesce::{Allowed, DiskQuiesce};
 use crate::snapshot_service::{self, SnapshotRequest};
 use crate::snapshots::{Target, guid, lock_timeout};
 
@@ -22,7 +26,7 @@ use crate::snapshots::{Target, guid, lock_timeout};
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Exit codes: 37 the disk is open elsewhere; 38 the GUID is taken, or the chain has 128 images; \
-                        23 another command is at work on the disk."
+                        23 another command is at work on the disk; 14 something uses the disk that cannot be frozen."
 )]
 pub(crate) struct Arguments {
     /// The GUID of the snapshot, in braces; a random one by default
@@ -41,6 +45,10 @@ pub(crate) struct Arguments {
     #[arg(long, overrides_with = "fsfreeze")]
     no_fsfreeze: bool,
 
+    /// Where something uses the disk that cannot be frozen: go on, and say so; the snapshot is as after a power loss
+    #[arg(long)]
+    crash_consistent: bool,
+
     /// Device for the low-level form, which is not supported
     #[arg(short = 'd', long = "device", value_name = "DEVICE", hide = true)]
     device: Option<PathBuf>,
@@ -49,6 +57,10 @@ pub(crate) struct Arguments {
     #[arg(value_name = "DISK", default_value = "DiskDescriptor.xml")]
     disk: PathBuf,
 }
+
+/// How to go on where something uses the disk that cannot be frozen.
+pub(crate) const ADVICE: &str =
+    "end that use; or keep the disk as after a power loss, with --crash-consistent";
 
 /// A snapshot. The fields are those of whoever made it, this process or a server of another version.
 #[derive(Serialize)]
@@ -84,7 +96,13 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         if !freezes && arguments.sync {
             settle(state)?;
         }
-        let report = snapshot_service::ask_snapshot(state, entry, &request, freezes)?;
+        let allowed = Allowed {
+            crash_consistent: arguments.crash_consistent,
+            no_freeze: !freezes,
+            advice: ADVICE,
+            ..Allowed::default()
+        };
+        let report = snapshot_service::ask_snapshot(state, entry, &request, allowed, output)?;
         return output.report(&Made(report));
     }
     let job = Job::begin(output, None)?;
@@ -93,16 +111,19 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     for deleted in &report.deleted {
         output.note(&format!("the temporary snapshot {deleted} was deleted"));
     }
-    output.report(&Made(to_value(&report)?))
+    let mut report = to_value(&report)?;
+    DiskQuiesce::new(None, Allowed::default(), None)?.tell(&mut report);
+    output.report(&Made(report))
 }
 
 /// Writes out what the file systems on a device hold in memory.
 fn settle(state: &ploop_core::device::runtime::State) -> ploop_core::Result<()> {
     let Some(device) = &state.loop_device else { return Ok(()) };
-    for point in ploop_core::device::runtime::mount_points_of(device)? {
-        let folder = ploop_core::io::file::DirectoryFolder::open(&point)?;
-        ploop_core::io::sys::sync_file_system(std::os::fd::AsFd::as_fd(&folder)).map_err(|cause| {
-            Error::io(ErrorKind::Sync, "write out the file system", cause).at_path(&point)
+    let holders = Holders::of(device)?;
+    for file_system in holders.file_systems() {
+        let opened = holders.open_file_system(file_system)?;
+        sync_file_system(opened.folder.as_fd()).map_err(|cause| {
+            Error::io(ErrorKind::Sync, "write out the file system", cause).at_path(&opened.name)
         })?;
     }
     Ok(())

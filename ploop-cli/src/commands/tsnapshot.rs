@@ -10,9 +10,11 @@ use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::commands::mount;
+use crate::commands::snapshot::ADVICE;
 use crate::exit::Outcome;
 use crate::output::{Output, Report};
 use crate::progress::Job;
+use crate::quiesce::{Allowed, AsOf};
 use crate::snapshot_service::{self, SnapshotRequest};
 use crate::snapshots::{Target, guid, lock_timeout};
 
@@ -23,7 +25,7 @@ use crate::snapshots::{Target, guid, lock_timeout};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "`ploop umount -c COMPONENT DISK` ends it and deletes the snapshot.\n\n\
                         Exit codes: 37 the component is in use; 38 the GUID is taken, or the chain has 128 images; 23 another \
-                        command is at work on the disk; 21 the file system cannot be mounted (the snapshot is deleted again).")]
+                        command is at work on the disk; 21 the file system cannot be mounted (the snapshot is deleted again); 14 something uses the disk that cannot be frozen.")]
 pub(crate) struct Arguments {
     /// The GUID of the snapshot, in braces; a random one by default
     #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid)]
@@ -45,6 +47,10 @@ pub(crate) struct Arguments {
     #[arg(short = 'o', long = "options", value_name = "OPTIONS", requires = "mount_point")]
     options: Option<String>,
 
+    /// Where something uses the disk that cannot be frozen: go on, and say so; the snapshot is as after a power loss
+    #[arg(long)]
+    crash_consistent: bool,
+
     /// DiskDescriptor.xml or its folder, or the device or mount point of a mounted disk
     #[arg(value_name = "DISK", default_value = "DiskDescriptor.xml")]
     disk: PathBuf,
@@ -55,6 +61,8 @@ pub(crate) struct Arguments {
 struct Kept {
     snapshot: Guid,
     component: String,
+    /// What made its state one that a file system understands.
+    as_of: String,
     #[serde(flatten)]
     mounted: mount::Mounted,
 }
@@ -77,7 +85,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     }
     let mount_point = arguments.mount_point.as_deref().map(mount::check_mount_point).transpose()?;
     let snapshot = arguments.snapshot.unwrap_or_else(Guid::random);
-    make(&target, snapshot, output)?;
+    let as_of = make(&target, snapshot, arguments.crash_consistent, output)?;
     let how = mount::Arguments::of_snapshot(
         target.descriptor.clone(),
         snapshot.to_string(),
@@ -86,7 +94,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     )
     .with_options(arguments.file_system.clone(), arguments.options.clone());
     match mount::serve(&how, output) {
-        Ok(mounted) => output.report(&Kept { snapshot, component: component.clone(), mounted }),
+        Ok(mounted) => output.report(&Kept { snapshot, component: component.clone(), as_of, mounted }),
         Err(error) => {
             if let Err(second) = delete(&target.descriptor, snapshot, output) {
                 output.warn(&format!(
@@ -100,18 +108,21 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     }
 }
 
-fn make(target: &Target, snapshot: Guid, output: &Output) -> Result<()> {
+/// As of what it was made.
+fn make(target: &Target, snapshot: Guid, crash_consistent: bool, output: &Output) -> Result<String> {
     let Some((entry, state)) = &target.served else {
         let options = SnapshotOptions { snapshot: Some(snapshot), temporary: true };
         let job = Job::begin(output, None)?;
-        return ops::snapshot(&target.descriptor, &options, lock_timeout(), &job.meter()).map(drop);
+        ops::snapshot(&target.descriptor, &options, lock_timeout(), &job.meter())?;
+        return Ok(AsOf::Unused.word().to_owned());
     };
     let request = SnapshotRequest { snapshot: Some(snapshot.to_string()), temporary: true };
-    let made = snapshot_service::ask_snapshot(state, entry, &request, true)?;
+    let allowed = Allowed { crash_consistent, advice: ADVICE, ..Allowed::default() };
+    let made = snapshot_service::ask_snapshot(state, entry, &request, allowed, output)?;
     for warning in made["warnings"].as_array().into_iter().flatten() {
         output.warn(warning.as_str().unwrap_or_default());
     }
-    Ok(())
+    Ok(made["as_of"].as_str().unwrap_or_default().to_owned())
 }
 
 /// Deletes a snapshot of a disk, running or not.

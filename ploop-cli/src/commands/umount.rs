@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use ploop_core::device::runtime::{Runtime, State};
 use ploop_core::format::{Shot, Transition};
 use ploop_core::{Error, ErrorKind, Result};
+use ploop_server::holders::unmount_all;
 use serde::Serialize;
 
 use crate::exit::Outcome;
@@ -97,7 +98,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         output.warn(&format!("{}: how full the disk is was not remembered: {cause}", folder.display()));
     }
     if let Some(device) = &state.loop_device {
-        serving::unmount_all(device)?;
+        unmount_all(device)?;
     }
     let served = Served { entry: runtime.entry(&state.id), state };
     serving::end(&served)?;

@@ -42,6 +42,7 @@ mod gate;
 pub mod growing;
 mod inbox;
 pub mod loop_device;
+pub mod mount_table;
 pub mod pending;
 mod placing;
 mod presence;

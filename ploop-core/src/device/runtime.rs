@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use super::mount_table;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Overrides where the run-time folders are; for tests and for several installations side by side.
@@ -423,12 +424,11 @@ impl Runtime {
             return Ok(Some(found.clone()));
         }
         if path.is_dir() {
-            if let Some(device) = mounted_device(&path)? {
-                let found = states.iter().find(|state| {
-                    state.loop_device.as_deref().and_then(|path| device_number(path).ok()) == Some(device)
-                });
-                if found.is_some() {
-                    return Ok(found.cloned());
+            for state in &states {
+                if let Some(device) = &state.loop_device
+                    && is_mounted_from(&path, device)?
+                {
+                    return Ok(Some(state.clone()));
                 }
             }
             if let Some(found) = states.iter().find(|state| state.mount_points.contains(&path)) {
@@ -586,68 +586,15 @@ impl Entry {
     }
 }
 
-/// A mount, as the kernel tells it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MountedAt {
-    /// Major and minor number of the device.
-    pub device: (u64, u64),
-    /// Where.
-    pub point: PathBuf,
-    /// Kind of file system.
-    pub kind: String,
-}
-
-/// All mounts this process sees, in order of mounting.
-pub fn mounts() -> Result<Vec<MountedAt>> {
-    let path = Path::new("/proc/self/mountinfo");
-    let text = fs::read(path)
-        .map_err(|cause| Error::io(ErrorKind::Open, "read the table of mounts", cause).at_path(path))?;
-    Ok(text.split(|&byte| byte == b'\n').filter_map(parse_mount).collect())
-}
-
-fn parse_mount(line: &[u8]) -> Option<MountedAt> {
-    let mut fields = line.split(|&byte| byte == b' ');
-    let device = std::str::from_utf8(fields.nth(2)?).ok()?;
-    let (major, minor) = device.split_once(':')?;
-    let point = unescape(fields.nth(1)?);
-    let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
-    Some(MountedAt {
-        device: (major.parse().ok()?, minor.parse().ok()?),
-        point: PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(point)),
-        kind: String::from_utf8_lossy(kind).into_owned(),
-    })
-}
-
-/// Undoes the kernel's `\040` for a space and the like.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.first_chunk::<3>().filter(|_| byte == b'\\').and_then(|digits| {
-            let digits = std::str::from_utf8(digits).ok()?;
-            u8::from_str_radix(digits, 8).ok()
-        });
-        plain.push(octal.unwrap_or(byte));
-        rest = if octal.is_some() { &after[3..] } else { after };
-    }
-    plain
-}
-
-/// Major and minor number of a device node.
-pub fn device_number(path: &Path) -> io::Result<(u64, u64)> {
-    let number = fs::metadata(path)?.rdev();
-    Ok((nix::sys::stat::major(number), nix::sys::stat::minor(number)))
-}
-
-/// The device of the file system mounted at exactly `point`; the topmost when there are several.
-fn mounted_device(point: &Path) -> Result<Option<(u64, u64)>> {
-    Ok(mounts()?.into_iter().rev().find(|mount| mount.point == point).map(|mount| mount.device))
-}
-
-/// Where the file system on `device` is mounted, in order of mounting.
-pub fn mount_points_of(device: &Path) -> Result<Vec<PathBuf>> {
-    let Ok(number) = device_number(device) else { return Ok(Vec::new()) };
-    Ok(mounts()?.into_iter().filter(|mount| mount.device == number).map(|mount| mount.point).collect())
+/// Whether the file system mounted at exactly `point`, the topmost when there are several, is on that device or one of
+/// its partitions.
+fn is_mounted_from(point: &Path, device: &Path) -> Result<bool> {
+    let Ok(device) = mount_table::device_number(device) else { return Ok(false) };
+    let top = crate::io::sys::path_status(point).ok().and_then(|status| status.mount);
+    let mut mounts = mount_table::read(Path::new("/proc/self/mountinfo"))?;
+    mounts.retain(|mount| mount.point == point);
+    let found = mounts.iter().find(|mount| Some(mount.id) == top).or(mounts.last());
+    Ok(found.is_some_and(|mount| mount.is_from(device)))
 }
 
 #[cfg(test)]
@@ -710,15 +657,5 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
         assert_eq!(Runtime::at(folder.path()).unwrap_err().kind(), ErrorKind::Parameter);
-    }
-
-    #[test]
-    fn mount_lines_are_read_with_odd_names() {
-        let line = br"36 35 7:3 / /mnt/a\040b\134 rw,noatime shared:1 - ext4 /dev/loop3 rw";
-        let mount = parse_mount(line).unwrap();
-        assert_eq!(mount.device, (7, 3));
-        assert_eq!(mount.point, Path::new("/mnt/a b\\"));
-        assert_eq!(mount.kind, "ext4");
-        assert_eq!(parse_mount(b"nonsense"), None);
     }
 }

@@ -30,6 +30,7 @@ mod ioctl {
     // Declared in the kernel with `size_t`, filled with 64 bits.
     nix::ioctl_read!(block_device_bytes, 0x12, 114, u64);
     nix::ioctl_readwrite!(trim, b'X', 121, super::TrimRange);
+    nix::ioctl_read!(btrfs_info, 0x94, 31, super::BtrfsInfo);
 }
 
 /// The argument of the kernel's FITRIM, in bytes; the kernel sets `len` to what it has discarded.
@@ -393,6 +394,104 @@ pub fn thaw_file_system(folder: BorrowedFd<'_>) -> io::Result<()> {
     let mut unused = 0;
     // SAFETY: as for freezing.
     retry(|| unsafe { ioctl::thaw(folder.as_raw_fd(), &raw mut unused) }).map(drop)
+}
+
+/// What the kernel says of an open file or a path without asking the server of a network file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileStatus {
+    /// Major and minor number of its file system's device.
+    pub device: (u64, u64),
+    /// Major and minor number of the device that it is a node of; 0, 0 for other files.
+    pub node: (u64, u64),
+    /// Inode number.
+    pub inode: u64,
+    /// Type and permissions.
+    pub mode: u32,
+    /// The mount it was reached through, as the table of mounts numbers it (Linux 5.8); `None` from older kernels.
+    pub mount: Option<u64>,
+}
+
+/// The status of an open file. Does not wait for a server that is gone.
+pub fn file_status(file: BorrowedFd<'_>) -> io::Result<FileStatus> {
+    status_with(file.as_raw_fd(), c"", libc::AT_EMPTY_PATH)
+}
+
+/// The status of what `path` leads to.
+pub fn path_status(path: &std::path::Path) -> io::Result<FileStatus> {
+    let path = std::ffi::CString::new(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str()))?;
+    status_with(libc::AT_FDCWD, &path, 0)
+}
+
+fn status_with(folder: c_int, path: &std::ffi::CStr, flags: c_int) -> io::Result<FileStatus> {
+    let mut answer = MaybeUninit::<libc::statx>::zeroed();
+    let wanted = libc::STATX_TYPE | libc::STATX_MODE | libc::STATX_INO | libc::STATX_MNT_ID;
+    let flags = flags | libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: the path is terminated, the buffer has the size of the structure the kernel fills.
+    let result = unsafe { libc::statx(folder, path.as_ptr(), flags, wanted, answer.as_mut_ptr()) };
+    Errno::result(result)?;
+    // SAFETY: all bits zero are a valid `statx`, and the kernel only wrote integers over them.
+    let answer = unsafe { answer.assume_init() };
+    Ok(FileStatus {
+        device: (answer.stx_dev_major.into(), answer.stx_dev_minor.into()),
+        node: (answer.stx_rdev_major.into(), answer.stx_rdev_minor.into()),
+        inode: answer.stx_ino,
+        mode: answer.stx_mode.into(),
+        mount: (answer.stx_mask & libc::STATX_MNT_ID != 0).then_some(answer.stx_mnt_id),
+    })
+}
+
+/// The root of one more mount of a file system that is mounted already, in no namespace: nobody sees it, and it goes
+/// with its last descriptor. `kind` and `source` as the table of mounts has them; `read_only` must be as the mounted
+/// file system is. Needs the right to administer the system, and Linux 5.2.
+pub fn another_mount(kind: &str, source: &std::path::Path, read_only: bool) -> io::Result<OwnedFd> {
+    const FSCONFIG_SET_FLAG: libc::c_uint = 0;
+    const FSCONFIG_SET_STRING: libc::c_uint = 1;
+    const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+    const CLOSED_ON_EXEC: libc::c_uint = 1;
+    let kind = std::ffi::CString::new(kind)?;
+    let source = std::ffi::CString::new(std::os::unix::ffi::OsStrExt::as_bytes(source.as_os_str()))?;
+    let owned = |number: libc::c_long| -> io::Result<OwnedFd> {
+        let number = c_int::try_from(Errno::result(number)?).map_err(io::Error::other)?;
+        // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    };
+    // SAFETY: the name is terminated and outlives the call.
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), CLOSED_ON_EXEC) })?;
+    let none = std::ptr::null::<libc::c_char>();
+    let set = |what: libc::c_uint, key: *const libc::c_char, value: *const libc::c_char| -> io::Result<()> {
+        // SAFETY: key and value are null or terminated, as the command wants them, and outlive the call.
+        let result =
+            unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), what, key, value, 0 as c_int) };
+        Ok(Errno::result(result).map(drop)?)
+    };
+    set(FSCONFIG_SET_STRING, c"source".as_ptr(), source.as_ptr())?;
+    if read_only {
+        set(FSCONFIG_SET_FLAG, c"ro".as_ptr(), none)?;
+    }
+    set(FSCONFIG_CMD_CREATE, none, none)?;
+    // SAFETY: the call takes a descriptor and two numbers.
+    let mount = owned(unsafe {
+        libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOSED_ON_EXEC, 0 as libc::c_uint)
+    })?;
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    retry(|| fcntl::openat(&mount, ".", flags, Mode::empty()))
+}
+
+/// The first part of the answer of btrfs about itself; the rest is not looked at.
+#[repr(C)]
+struct BtrfsInfo {
+    device_id_max: u64,
+    devices: u64,
+    id: [u8; 16],
+    rest: [u8; 992],
+}
+
+/// The UUID of the btrfs file system that `folder` is on; `ENOTTY` on any other.
+pub fn btrfs_id(folder: BorrowedFd<'_>) -> io::Result<[u8; 16]> {
+    let mut info = BtrfsInfo { device_id_max: 0, devices: 0, id: [0; 16], rest: [0; 992] };
+    // SAFETY: the argument is a live, exclusive structure of the 1024 bytes that the command fills.
+    unsafe { ioctl::btrfs_info(folder.as_raw_fd(), &raw mut info) }?;
+    Ok(info.id)
 }
 
 /// Tells the kernel that this process serves a device: its memory allocations must not wait for that very device.
