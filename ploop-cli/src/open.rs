@@ -182,22 +182,31 @@ pub(crate) fn files(request: &OpenRequest) -> Result<(Option<ImageFile>, Vec<Ima
     Ok((Some(ImageFile::at(path)?), images))
 }
 
-/// Opens the chain; only its top for writing, all of it locked.
-pub(crate) fn open(request: &OpenRequest, manner: Manner) -> Result<Opened> {
+fn options(request: &OpenRequest, manner: Manner) -> Result<OpenOptions> {
     let which = match &request.descriptor {
         Some(descriptor) => Which::Path(descriptor.clone()),
         None => Which::Files(request.images.clone()),
     };
-    let snapshot = snapshot_of(request)?;
     let access = if request.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let options = OpenOptions {
+    Ok(OpenOptions {
         which,
-        snapshot,
+        snapshot: snapshot_of(request)?,
         raw_cluster: raw_cluster_of(request),
         accept_in_use: manner.is_successor,
         block_device: request.descriptor.is_none(),
         ..OpenOptions::new("", access)
-    };
+    })
+}
+
+/// Opens the chain for a look, after which nothing is done: without locks, in nobody's way.
+pub(crate) fn glance(request: &OpenRequest) -> Result<Opened> {
+    let request = OpenRequest { read_only: true, ..request.clone() };
+    ops::open::open(&OpenOptions { unlocked: true, ..options(&request, Manner::default())? })
+}
+
+/// Opens the chain; only its top for writing, all of it locked.
+pub(crate) fn open(request: &OpenRequest, manner: Manner) -> Result<Opened> {
+    let options = options(request, manner)?;
     let deadline = Instant::now() + manner.lock_wait;
     loop {
         match ops::open::open(&options) {

@@ -56,6 +56,8 @@ pub struct OpenOptions {
     pub caching: Caching,
     /// Whether images may be block devices.
     pub block_device: bool,
+    /// Take no lock on the images: for a look, after which nothing is done with what was seen. Only for reading.
+    pub unlocked: bool,
     /// How long to wait for the descriptor's lock.
     pub lock_timeout: Duration,
 }
@@ -71,6 +73,7 @@ impl OpenOptions {
             accept_in_use: false,
             caching: Caching::Direct,
             block_device: false,
+            unlocked: false,
             lock_timeout: lock_timeout(),
         }
     }
@@ -444,13 +447,20 @@ impl<'a> Opening<'a> {
             Access::ReadWrite => Ownership::Writer,
             Access::ReadOnly => Ownership::Reader,
         };
-        let lock = ImageLock::take(&storage, path, ownership)?;
+        let lock = match (self.options.unlocked, access) {
+            (true, Access::ReadOnly) => None,
+            _ => Some(ImageLock::take(&storage, path, ownership)?),
+        };
         let storage = match self.options.caching {
             Caching::Cached => storage,
             Caching::Direct => self.past_the_cache(storage, path, access, raw)?,
         };
         self.direct.push(storage.is_direct());
-        let storage = Latched::new(LockedStorage::new(storage, path, lock));
+        let storage = match lock {
+            Some(lock) => LockedStorage::new(storage, path, lock),
+            None => LockedStorage::unlocked(storage, path),
+        };
+        let storage = Latched::new(storage);
         self.sources.push(Source { name: path.to_path_buf(), storage: Arc::new(storage), raw });
         Ok(())
     }
