@@ -21,8 +21,9 @@ pub(crate) const VERBOSITY_DEFAULT: i32 = 3;
     about = "Disks in one image file: make them, serve them, move them while they run",
     max_term_width = 110,
     disable_help_subcommand = true,
-    after_help = "Sizes: a number without a suffix counts sectors of 512 bytes; K, M, G and T (one letter, either case) \
-                  count 1024, 1024^2 ... bytes. 0x and 0 prefixes are read as hexadecimal and octal. No fractions.\n\n\
+    after_help = "Sizes: a number without a suffix counts sectors of 512 bytes; K, M, G and T (or KiB, MiB, GiB, TiB) \
+                  count 1024, 1024^2 ... bytes, kB, MB, GB and TB 1000, 1000^2 ... bytes, B bytes; either case. 0x and 0 \
+                  prefixes are read as hexadecimal and octal. No fractions.\n\n\
                   Exit codes are those of the original command; 38 is a wrong command line. `ploop man DIR` writes the \
                   manual pages."
 )]
@@ -176,24 +177,34 @@ fn number_verbosity(mut arguments: Vec<OsString>) -> Vec<OsString> {
     arguments
 }
 
-/// A size as typed: sectors without a suffix, bytes times a power of 1024 with one of K, M, G, T.
+/// A size as typed: sectors without a suffix, bytes times a power of 1024 with one of K, M, G, T or KiB ... TiB, of 1000 with
+/// kB (or KB) ... TB, and bytes with B.
 ///
-/// The answer counts 512-byte sectors. Fractions, signs and other suffixes are refused.
+/// The answer counts 512-byte sectors, rounded up. Fractions, signs and other suffixes are refused.
 pub(crate) fn size(text: &str) -> Result<ploop_core::units::Sectors, String> {
-    let (digits, unit_bytes) = match text.char_indices().next_back() {
-        Some((at, suffix @ ('k' | 'K' | 'm' | 'M' | 'g' | 'G' | 't' | 'T'))) => {
-            let power = match suffix.to_ascii_uppercase() {
-                'K' => 1,
-                'M' => 2,
-                'G' => 3,
-                _ => 4,
-            };
-            (&text[..at], 1024_u64.pow(power))
-        }
-        _ => (text, ploop_core::units::SECTOR_BYTES),
+    // No digit of a hexadecimal number is taken for a unit of bytes.
+    let is_hexadecimal = text.starts_with("0x") || text.starts_with("0X");
+    let (rest, base) = match text.strip_suffix('B').or_else(|| text.strip_suffix('b')) {
+        Some(rest) if !is_hexadecimal => match rest.strip_suffix('i') {
+            Some(rest) => (rest, Some(1024_u64)),
+            None => (rest, Some(1000)),
+        },
+        _ => (text, None),
     };
-    let number = integer(digits)
-        .map_err(|error| format!("{error}: sectors of 512 bytes, or with one of K, M, G, T"))?;
+    let power =
+        |letter: char| "KMGT".find(letter.to_ascii_uppercase()).and_then(|at| u32::try_from(at + 1).ok());
+    let last = rest.chars().next_back();
+    let (digits, unit_bytes) = match (last.and_then(power), base) {
+        (Some(power), base) => (&rest[..rest.len() - 1], base.unwrap_or(1024).pow(power)),
+        (None, Some(1000)) => (rest, 1),
+        (None, Some(_)) => (text, 1),
+        (None, None) => (rest, ploop_core::units::SECTOR_BYTES),
+    };
+    let number = integer(digits).map_err(|error| {
+        format!(
+            "{error}: sectors of 512 bytes, or with a unit: K, M, G, T (or KiB ... TiB), kB, MB, GB, TB, B"
+        )
+    })?;
     number
         .checked_mul(unit_bytes)
         .map(ploop_core::units::Sectors::covering)
@@ -241,6 +252,22 @@ mod tests {
     }
 
     #[test]
+    fn units_of_1000_and_1024_are_told_apart() {
+        assert_eq!(counted("10GiB"), counted("10G"));
+        assert_eq!(counted("1kib"), 2);
+        assert_eq!(counted("16TiB"), 16 << 31);
+        // A disk in a shop: 10^10 bytes.
+        assert_eq!(counted("10GB"), 10_000_000_000 / 512 + 1);
+        assert_eq!(counted("1MB"), 1954);
+        assert_eq!(counted("512kB"), 1000);
+        assert_eq!(counted("1024B"), 2);
+        assert_eq!(counted("513B"), 2);
+        // A digit, not a unit.
+        assert_eq!(counted("0x1B"), 27);
+        assert_eq!(counted("0x1bK"), 54);
+    }
+
+    #[test]
     fn other_sizes_are_refused() {
         for wrong in [
             "",
@@ -249,8 +276,13 @@ mod tests {
             "1,5",
             "-1",
             "+1",
-            "1GB",
-            "1KiB",
+            "1Gi",
+            "1iB",
+            "1GBB",
+            "1KMB",
+            "GiB",
+            "B",
+            "1 GB",
             " 1",
             "0x",
             "09",

@@ -1,7 +1,7 @@
-//! The file system on a device, and its size: found out by its superblock, changed by its own tools.
+//! The size of the file system on a device, changed by its own tools.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,8 @@ use std::process::{Command, Stdio};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use ploop_core::{Error, ErrorKind, Result};
 use ploop_server::holders::Holders;
+
+use crate::signature::Content;
 
 /// A file system whose size can be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,38 +31,77 @@ impl Inner {
         }
     }
 
-    /// What lies on `device`; `None` for anything else, nothing included.
-    pub(crate) fn find(device: &Path) -> Result<Option<Self>> {
-        let failed = |cause: io::Error| {
-            Error::io(ErrorKind::ResizeFileSystem, "look for a file system", cause).at_path(device)
-        };
-        let file = File::open(device).map_err(failed)?;
-        let mut head = [0; 2048];
-        match file.read_exact_at(&mut head, 0) {
-            Ok(()) => {}
-            // Too small for any.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-            Err(error) => return Err(failed(error)),
+    /// Which one `content` is; `None` for anything else, nothing included.
+    pub(crate) fn of(content: &Content) -> Option<Self> {
+        match content.kind.as_deref()? {
+            "ext2" | "ext3" | "ext4" => Some(Self::Ext),
+            "xfs" => Some(Self::Xfs),
+            _ => None,
         }
-        Ok(if head.starts_with(b"XFSB") {
-            Some(Self::Xfs)
-        } else if head[1080..1082] == [0x53, 0xEF] {
-            Some(Self::Ext)
-        } else {
-            None
-        })
+    }
+
+    /// The programs that change its size, and the package that has them.
+    fn tools(self, is_mounted: bool) -> (&'static [&'static str], &'static str) {
+        match (self, is_mounted) {
+            (Self::Ext, true) => (&["resize2fs"], "e2fsprogs"),
+            (Self::Ext, false) => (&["e2fsck", "resize2fs"], "e2fsprogs"),
+            (Self::Xfs, _) => (&["xfs_growfs"], "xfsprogs"),
+        }
     }
 }
 
-/// Runs a tool and waits: its exit code and what it said.
-fn run(tool: &str, line: &[&OsStr], kind: ErrorKind) -> Result<(i32, String)> {
+/// Whether this process has CAP_SYS_RESOURCE, by the bits that the kernel shows.
+fn has_sys_resource() -> bool {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    // What cannot be read is left to the kernel to refuse.
+    effective
+        .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
+        .is_none_or(|bits| bits & CAP_SYS_RESOURCE != 0)
+}
+
+/// Refuses, before anything is changed, what would fail later for want of a program or a capability.
+pub(crate) fn require(inner: Inner, is_mounted: bool) -> Result<()> {
+    let (tools, package) = inner.tools(is_mounted);
+    let refused = |message: String, advice: String| {
+        Err(Error::new(ErrorKind::ResizeFileSystem, message).advise(advice + "; nothing was changed"))
+    };
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    for tool in tools {
+        let is_there = std::env::split_paths(&paths)
+            .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+            .any(|folder| folder.join(tool).is_file());
+        if !is_there {
+            return refused(
+                format!("{tool} is not installed, which changes the size of {}", inner.name()),
+                format!("install {package}, or change the image alone with `ploop grow`"),
+            );
+        }
+    }
+    if inner == Inner::Ext && is_mounted && !has_sys_resource() {
+        return refused(
+            "a mounted ext4 grows only for who has CAP_SYS_RESOURCE".to_owned(),
+            "unmount the disk first, or run the command with that capability".to_owned(),
+        );
+    }
+    Ok(())
+}
+
+/// A tool, found also where only the administrator's path leads; it speaks English.
+fn tool(name: &str) -> Command {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let output = Command::new(tool)
+    let mut command = Command::new(name);
+    command.env("PATH", path).env("LC_ALL", "C").stdin(Stdio::null());
+    command
+}
+
+/// Runs a tool and waits: its exit code and what it said.
+fn run(name: &str, line: &[&OsStr], kind: ErrorKind) -> Result<(i32, String)> {
+    let output = tool(name)
         .args(line)
-        .env("PATH", path)
-        .stdin(Stdio::null())
         .output()
-        .map_err(|cause| Error::io(kind, format!("run {tool}"), cause).advise("is it installed?"))?;
+        .map_err(|cause| Error::io(kind, format!("run {name}"), cause).advise("is it installed?"))?;
     let mut text = String::from_utf8_lossy(&output.stderr).into_owned();
     if text.trim().is_empty() {
         text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -99,6 +140,18 @@ fn check_ext(device: &Path) -> Result<()> {
         .advise("mount the disk without -m and repair its file system by hand, then resize again"))
 }
 
+/// The least that resize2fs would make of an ext file system, in bytes; `None` where it does not say.
+fn least_bytes(device: &Path) -> Option<u64> {
+    /// Where the superblock has the logarithm of the block size, less ten.
+    const BLOCK_SIZE_AT: u64 = 1024 + 24;
+    let output = tool("resize2fs").arg("-P").arg(device).output().ok()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let blocks: u64 = said.rsplit(':').next()?.trim().parse().ok()?;
+    let mut shift = [0; 4];
+    fs::File::open(device).ok()?.read_exact_at(&mut shift, BLOCK_SIZE_AT).ok()?;
+    blocks.checked_mul(1024_u64.checked_shl(u32::from_le_bytes(shift))?)
+}
+
 /// Lets the file system fill the device. A mounted one grows where it is; `point` is the name of a folder to be made if
 /// it has to be mounted for that.
 pub(crate) fn grow(inner: Inner, device: &Path, point: &Path) -> Result<()> {
@@ -128,6 +181,15 @@ pub(crate) fn shrink(inner: Inner, device: &Path, bytes: u64) -> Result<()> {
             .at_path(device)
             .advise("make a smaller disk and copy the files there; nothing was changed")),
         Inner::Ext => {
+            // The check writes, if only its date: what it would be for nothing is refused before.
+            if let Some(least) = least_bytes(device).filter(|least| *least > bytes) {
+                return Err(Error::new(
+                    ErrorKind::ResizeFileSystem,
+                    format!("resize2fs would refuse {bytes} bytes: what is on it needs {least}"),
+                )
+                .at_path(device)
+                .advise("delete files, or make the disk less small; nothing was changed"));
+            }
             check_ext(device)?;
             // In units of 1024 bytes, whatever the block size of the file system.
             let size = OsString::from(format!("{}K", bytes / 1024));

@@ -175,20 +175,29 @@ pub(crate) fn files(request: &OpenRequest) -> Result<(Option<ImageFile>, Vec<Ima
     Ok((Some(ImageFile::at(path)?), images))
 }
 
-/// Opens the chain; only its top for writing, all of it locked.
-pub(crate) fn open(request: &OpenRequest) -> Result<Opened> {
+fn options(request: &OpenRequest) -> Result<OpenOptions> {
     let which = match &request.descriptor {
         Some(descriptor) => Which::Path(descriptor.clone()),
         None => Which::Files(request.images.clone()),
     };
-    let options = OpenOptions {
+    Ok(OpenOptions {
         which,
         snapshot: snapshot_of(request)?,
         raw_cluster: raw_cluster_of(request),
         block_device: request.descriptor.is_none(),
         ..OpenOptions::new("", access_of(request))
-    };
-    ops::open::open(&options)
+    })
+}
+
+/// Opens the chain for a look, after which nothing is done: without locks, in nobody's way.
+pub(crate) fn glance(request: &OpenRequest) -> Result<Opened> {
+    let request = OpenRequest { read_only: true, ..request.clone() };
+    ops::open::open(&OpenOptions { unlocked: true, ..options(&request)? })
+}
+
+/// Opens the chain; only its top for writing, all of it locked.
+pub(crate) fn open(request: &OpenRequest) -> Result<Opened> {
+    ops::open::open(&options(request)?)
 }
 
 fn access_of(request: &OpenRequest) -> Access {

@@ -1,31 +1,44 @@
-//! The partition table of a disk that has another size: the second copy at the new end, the partition up to it.
+//! The partition table of a disk that has another size: GPT's second copy at the new end, the last partition up to it.
 //!
-//! The new table is computed in memory over the old one. What lies at the end of the disk is written and synced first,
-//! then what lies at its start: at every moment one of the two copies is whole, and each describes a partition whose
-//! file system fits it (a file system grows after its partition, and shrinks before it).
+//! The new table is computed in memory over the old one. Of a GPT, what lies at the end of the disk is written and synced
+//! first, then what lies at its start: at every moment one of the two copies is whole. Of a DOS table, the extended
+//! partition grows before and shrinks after what is in it. Each state describes a partition whose file system fits it (a
+//! file system grows after its partition, and shrinks before it). Boot code, other entries and their names stay.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use ploop_core::device::runtime::PartitionRange;
+use ploop_core::ops::dos_table;
 use ploop_core::units::SECTOR_BYTES;
 use ploop_core::{Error, ErrorKind, Result};
 
+use crate::disk_bytes::{DiskBytes, ShownDisk};
 use crate::partition::{ALIGNMENT_BYTES_MIN, TAIL_SECTORS};
+use crate::partition_table::{self, Scheme, Table};
 
 /// Bytes in a sector, as a length in memory.
 const SECTOR: usize = 512;
+/// Entries of the tables that are written; the most a table may have to be changed.
+const ENTRIES: u32 = 128;
+/// The first sector behind a table of that many entries.
+const USABLE_FROM: u64 = 34;
+/// The most sectors that a DOS table can name.
+const DOS_SECTORS_MAX: u64 = u32::MAX as u64;
 
 /// A disk of which only a copy of what is written changes.
-#[derive(Debug)]
 pub(crate) struct Overlay<'a> {
-    file: &'a File,
+    disk: &'a dyn DiskBytes,
     len: u64,
     position: u64,
     sectors: BTreeMap<u64, [u8; SECTOR]>,
+}
+
+impl std::fmt::Debug for Overlay<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Overlay").field("len", &self.len).finish_non_exhaustive()
+    }
 }
 
 impl Overlay<'_> {
@@ -34,7 +47,10 @@ impl Overlay<'_> {
             return Ok(*sector);
         }
         let mut bytes = [0; SECTOR];
-        self.file.read_exact_at(&mut bytes, number * SECTOR_BYTES)?;
+        // A disk that is about to grow has zeros there.
+        if (number + 1) * SECTOR_BYTES <= self.disk.disk_bytes() {
+            self.disk.read_at(number * SECTOR_BYTES, &mut bytes).map_err(io::Error::other)?;
+        }
         Ok(bytes)
     }
 
@@ -88,107 +104,154 @@ impl Seek for Overlay<'_> {
     }
 }
 
-/// Reads the table of a disk of `len` bytes. Where the first copy is half written, the second counts: the library alone
-/// would refuse a first header whose entries are not its own.
-pub(crate) fn open_table(
-    file: &File,
-    len: u64,
-) -> std::result::Result<gpt::GptDisk<Overlay<'_>>, gpt::GptError> {
+/// Reads the GPT of a disk as if it had `len` bytes. Where the first copy is half written, the second counts: the library
+/// alone would refuse a first header whose entries are not its own.
+pub(crate) fn open_gpt(disk: &dyn DiskBytes, len: u64) -> Result<gpt::GptDisk<Overlay<'_>>> {
+    let overlay = |sectors| Overlay { disk, len, position: 0, sectors };
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::new(ErrorKind::PartitionTable, error.to_string())
+            .advise("attach the whole disk with `ploop mount -n` and repair the table: sgdisk -v DEVICE")
+    };
+    // The library sizes its memory by these fields, and panics at an entry of another size.
+    let look = overlay(BTreeMap::new());
+    let word = |bytes: &[u8; SECTOR], at: usize| {
+        u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+    };
+    let first = look.sector(1).map_err(|error| failed(&error))?;
+    let second = u64::from(word(&first, 32)) | u64::from(word(&first, 36)) << 32;
+    let last = (len / SECTOR_BYTES).saturating_sub(1);
+    for number in [1, last, second.min(last)] {
+        let header = look.sector(number).map_err(|error| failed(&error))?;
+        let (entries, entry_bytes) = (word(&header, 80), word(&header, 84));
+        if header.starts_with(b"EFI PART") && (entry_bytes != 128 || entries > 8 * ENTRIES) {
+            return Err(failed(&format_args!("{entries} entries of {entry_bytes} bytes are not supported")));
+        }
+    }
     let open = |sectors| {
         gpt::GptConfig::new()
             .writable(false)
             .logical_block_size(gpt::disk::LogicalBlockSize::Lb512)
-            .open_from_device(Overlay { file, len, position: 0, sectors })
+            .open_from_device(overlay(sectors))
     };
-    let first = match open(BTreeMap::new()) {
-        Ok(table) => return Ok(table),
-        Err(error) => error,
-    };
-    open(BTreeMap::from([(1, [0; SECTOR])])).map_err(|_| first)
+    match open(BTreeMap::new()) {
+        Ok(table) => Ok(table),
+        Err(error) => open(BTreeMap::from([(1, [0; SECTOR])])).map_err(|_| failed(&error)),
+    }
 }
 
-/// The end of the partition on a disk of `disk_bytes`: the last multiple of the alignment before the second copy.
-pub(crate) fn partition_end(disk_bytes: u64) -> u64 {
-    disk_bytes.saturating_sub(TAIL_SECTORS * SECTOR_BYTES) / ALIGNMENT_BYTES_MIN * ALIGNMENT_BYTES_MIN
+/// The first byte behind what a partition may have on a disk of `disk_bytes`: the last multiple of the alignment, before
+/// the second copy of a GPT.
+pub(crate) fn partition_end(scheme: Scheme, disk_bytes: u64) -> u64 {
+    let room = match scheme {
+        Scheme::Gpt => disk_bytes.saturating_sub(TAIL_SECTORS * SECTOR_BYTES),
+        Scheme::Dos => disk_bytes.min(DOS_SECTORS_MAX * SECTOR_BYTES),
+    };
+    room / ALIGNMENT_BYTES_MIN * ALIGNMENT_BYTES_MIN
 }
 
-/// Fits the table of the disk behind `path` to `disk_bytes`: the only partition ends where it ends on a new disk of that
-/// size. Where it lies then; `None` for a disk without a table. Nothing is written to a table that fits already.
-pub(crate) fn fit(path: &Path, disk_bytes: u64) -> Result<Option<PartitionRange>> {
-    let failed = |operation: &'static str, cause: io::Error| {
-        Error::io(ErrorKind::PartitionTable, operation, cause).at_path(path)
-    };
-    let file =
-        File::options().read(true).write(true).open(path).map_err(|cause| failed("open the disk", cause))?;
-    let len = file.metadata().map_err(|cause| failed("examine the disk", cause))?.len();
-    let mut head = [0; 2 * SECTOR];
-    if len < head.len() as u64 {
-        return Ok(None);
+/// The sectors to be written, in steps that must be durable one after the other, for a disk of `disk_bytes` whose partition
+/// `target`, if any, ends at another byte. Nothing is written; fails with `PartitionTable` where it cannot be done.
+pub(crate) fn plan(
+    disk: &dyn DiskBytes,
+    table: &Table,
+    disk_bytes: u64,
+    target: Option<(u32, u64)>,
+) -> Result<Vec<dos_table::Changes>> {
+    match (table.scheme, target) {
+        (Scheme::Dos, None) => Ok(Vec::new()),
+        (Scheme::Dos, Some((number, end))) => {
+            let mut sector = |number: u64| {
+                let mut bytes = [0; SECTOR];
+                disk.read_at(number * SECTOR_BYTES, &mut bytes).map(|()| bytes)
+            };
+            match dos_table::read(disk.disk_bytes() / SECTOR_BYTES, &mut sector)? {
+                Some(table) => table.with_end(number, end / SECTOR_BYTES),
+                None => Err(Error::new(ErrorKind::PartitionTable, "the partition table has gone")),
+            }
+        }
+        (Scheme::Gpt, _) => {
+            let sectors = plan_gpt(disk, disk_bytes, target)?;
+            let middle = disk_bytes / SECTOR_BYTES / 2;
+            let (low, high) = sectors.into_iter().partition(|(number, _)| *number < middle);
+            Ok(vec![high, low])
+        }
     }
-    file.read_exact_at(&mut head, 0).map_err(|cause| failed("read the partition table", cause))?;
-    if !head[SECTOR..].starts_with(b"EFI PART") {
-        return Ok(None);
-    }
-    if disk_bytes > len {
+}
+
+/// Fits the table of the disk behind `path` to `disk_bytes`, its partition `target`, if any, with another end. Where that
+/// lies then. Nothing is written to a table that fits already.
+pub(crate) fn fit(
+    path: &Path,
+    disk_bytes: u64,
+    target: Option<(u32, u64)>,
+) -> Result<Option<PartitionRange>> {
+    let disk = ShownDisk::open(path, true)?;
+    if disk_bytes > disk.disk_bytes() {
         return Err(Error::new(
             ErrorKind::PartitionTable,
-            format!("fit the partition table to {disk_bytes} bytes: the disk has {len}"),
+            format!("fit the partition table to {disk_bytes} bytes: the disk has {}", disk.disk_bytes()),
         )
         .at_path(path));
     }
-    let (range, sectors) = compute(&file, disk_bytes).map_err(|error| error.at_path(path))?;
-    let middle = disk_bytes / SECTOR_BYTES / 2;
-    for part in [sectors.range(middle..), sectors.range(..middle)] {
-        let mut wrote = false;
-        for (number, bytes) in part {
+    let Some(table) = partition_table::read(&disk)? else { return Ok(None) };
+    for step in plan(&disk, &table, disk_bytes, target).map_err(|error| error.at_path(path))? {
+        let mut pieces: Vec<(u64, &[u8])> = Vec::new();
+        for (number, bytes) in &step {
             let mut old = [0; SECTOR];
-            let offset = number * SECTOR_BYTES;
-            file.read_exact_at(&mut old, offset)
-                .map_err(|cause| failed("read the partition table", cause))?;
+            disk.read_at(number * SECTOR_BYTES, &mut old)?;
             if old != *bytes {
-                file.write_all_at(bytes, offset)
-                    .map_err(|cause| failed("write the partition table", cause))?;
-                wrote = true;
+                pieces.push((number * SECTOR_BYTES, bytes));
             }
         }
-        if wrote {
-            file.sync_all().map_err(|cause| failed("sync the partition table", cause))?;
+        if !pieces.is_empty() {
+            disk.write_durably(&pieces)?;
         }
     }
-    Ok(Some(range))
+    Ok(target.and_then(|(number, end)| {
+        let offset = table.numbered(number)?.offset;
+        Some(PartitionRange { number, offset, len: end - offset })
+    }))
 }
 
-/// The partition and the sectors of the table that fits `disk_bytes`.
-fn compute(file: &File, disk_bytes: u64) -> Result<(PartitionRange, BTreeMap<u64, [u8; SECTOR]>)> {
+/// The sectors of the GPT that fits `disk_bytes`.
+fn plan_gpt(
+    disk: &dyn DiskBytes,
+    disk_bytes: u64,
+    target: Option<(u32, u64)>,
+) -> Result<BTreeMap<u64, [u8; SECTOR]>> {
     let failed = |error: &dyn std::fmt::Display| {
         Error::new(ErrorKind::PartitionTable, format!("fit the partition table: {error}"))
             .advise("attach the whole disk with `ploop mount -n` and repair the table")
     };
-    let mut device = Overlay { file, len: disk_bytes, position: 0, sectors: BTreeMap::new() };
-    let protected = u32::try_from(disk_bytes / SECTOR_BYTES - 1).unwrap_or(u32::MAX);
-    gpt::mbr::ProtectiveMBR::with_lb_size(protected)
-        .overwrite_lba0(&mut device)
-        .map_err(|error| failed(&error))?;
-    let mut table = open_table(file, disk_bytes).map_err(|error| failed(&error))?;
+    let mut table = open_gpt(disk, disk_bytes).map_err(|error| failed(&error))?;
     let mut partitions = table.take_partitions();
-    let mut used = partitions.iter_mut().filter(|(_, partition)| partition.is_used());
-    let (Some((&number, partition)), None) = (used.next(), used.next()) else {
-        return Err(Error::new(
-            ErrorKind::PartitionTable,
-            "fit the partition table: the disk has not exactly one partition",
-        )
-        .advise("change the image alone with `ploop grow`, then the table by hand"));
-    };
-    let offset = partition.first_lba.saturating_mul(SECTOR_BYTES);
-    let end = partition_end(disk_bytes);
-    if end <= offset {
-        return Err(Error::new(
-            ErrorKind::Parameter,
-            format!("a disk of {disk_bytes} bytes has no room for its partition"),
-        ));
+    let odd = partitions
+        .iter()
+        .find(|(number, one)| **number > ENTRIES || (one.is_used() && one.first_lba < USABLE_FROM));
+    if let Some((number, _)) = odd {
+        return Err(failed(&format_args!(
+            "partition {number} has no place in a table of {ENTRIES} entries; use sgdisk"
+        )));
     }
-    partition.last_lba = end / SECTOR_BYTES - 1;
+    if let Some((number, end)) = target {
+        let one = partitions
+            .get_mut(&number)
+            .ok_or_else(|| failed(&format_args!("there is no partition {number}")))?;
+        one.last_lba = (end / SECTOR_BYTES)
+            .checked_sub(1)
+            .filter(|last| *last >= one.first_lba)
+            .ok_or_else(|| failed(&format_args!("partition {number} begins behind byte {end}")))?;
+    }
+    let last_usable = (disk_bytes / SECTOR_BYTES).saturating_sub(TAIL_SECTORS + 1);
+    if let Some((number, _)) = partitions.iter().find(|(_, one)| one.is_used() && one.last_lba > last_usable)
+    {
+        return Err(failed(&format_args!("partition {number} leaves no room for the second copy")));
+    }
     let guid = *table.guid();
+    let mut device = Overlay { disk, len: disk_bytes, position: 0, sectors: BTreeMap::new() };
+    if let Some(first) = protection(&device.sector(0).map_err(|error| failed(&error))?, disk_bytes) {
+        device.sectors.insert(0, first);
+    }
     // A header made anew: one that is changed keeps its end where that is higher.
     let mut table = gpt::GptConfig::new()
         .writable(true)
@@ -197,18 +260,42 @@ fn compute(file: &File, disk_bytes: u64) -> Result<(PartitionRange, BTreeMap<u64
         .map_err(|error| failed(&error))?;
     table.update_partitions(partitions).map_err(|error| failed(&error))?;
     let device = table.write().map_err(|error| failed(&error))?;
-    Ok((PartitionRange { number, offset, len: end - offset }, device.sectors))
+    Ok(device.sectors)
+}
+
+/// The first sector with an entry that protects the whole of a disk of `disk_bytes`; `None` where it shall stay: one that
+/// names other partitions as well is its maker's. The boot code stays.
+fn protection(first: &[u8; SECTOR], disk_bytes: u64) -> Option<[u8; SECTOR]> {
+    const KIND: usize = 446 + 4;
+    let mut sector = *first;
+    let is_ours = sector[510..] == [0x55, 0xAA]
+        && sector[KIND] == 0xEE
+        && sector[446 + 16..510].iter().all(|&byte| byte == 0);
+    if !is_ours {
+        if sector.iter().any(|&byte| byte != 0) {
+            return None;
+        }
+        sector[446..KIND + 8].copy_from_slice(&[0, 0, 2, 0, 0xEE, 0xFF, 0xFF, 0xFF, 1, 0, 0, 0]);
+        sector[510..].copy_from_slice(&[0x55, 0xAA]);
+    }
+    let protected = u32::try_from((disk_bytes / SECTOR_BYTES).saturating_sub(1)).unwrap_or(u32::MAX);
+    sector[KIND + 8..KIND + 12].copy_from_slice(&protected.to_le_bytes());
+    Some(sector)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
     use super::*;
     use crate::partition;
 
     const MIB: u64 = 1 << 20;
 
-    fn check(file: &File, disk_bytes: u64, range: PartitionRange) {
-        let device = Overlay { file, len: disk_bytes, position: 0, sectors: BTreeMap::new() };
+    fn check(path: &Path, disk_bytes: u64, range: PartitionRange) {
+        let disk = ShownDisk::open(path, false).unwrap();
+        let device = Overlay { disk: &disk, len: disk_bytes, position: 0, sectors: BTreeMap::new() };
         let table = gpt::GptConfig::new().only_valid_headers(true).open_from_device(device).unwrap();
         let found: Vec<_> = table.partitions().values().filter(|one| one.is_used()).collect();
         assert_eq!(found.len(), 1);
@@ -237,13 +324,14 @@ mod tests {
         let before = guid(&file);
         for (len, disk) in [(64, 64), (200, 200), (200, 200), (1 << 22, 1 << 22), (1 << 22, 70)] {
             file.set_len(len * MIB).unwrap();
-            let range = fit(&path, disk * MIB).unwrap().unwrap();
+            let end = partition_end(Scheme::Gpt, disk * MIB);
+            let range = fit(&path, disk * MIB, Some((1, end))).unwrap().unwrap();
             assert_eq!(range.offset, MIB);
-            assert_eq!(range.offset + range.len, partition_end(disk * MIB));
-            check(&file, disk * MIB, range);
+            assert_eq!(range.offset + range.len, end);
+            check(&path, disk * MIB, range);
             assert_eq!(guid(&file), before, "the partition keeps its name");
         }
-        assert!(fit(&path, (1 << 22) * MIB + 512).is_err(), "larger than the disk");
+        assert!(fit(&path, (1 << 22) * MIB + 512, None).is_err(), "larger than the disk");
     }
 
     #[test]
@@ -256,13 +344,14 @@ mod tests {
             file.write_all_at(bytes, *offset).unwrap();
         }
         file.set_len(128 * MIB).unwrap();
-        let (_, sectors) = compute(&file, 128 * MIB).unwrap();
+        let target = Some((1, partition_end(Scheme::Gpt, 128 * MIB)));
+        let sectors = plan_gpt(&ShownDisk::open(&path, false).unwrap(), 128 * MIB, target).unwrap();
         // The second copy, and half of the first.
         for (number, bytes) in sectors.range(1000..).chain(sectors.range(..2)) {
             file.write_all_at(bytes, number * 512).unwrap();
         }
-        let range = fit(&path, 128 * MIB).unwrap().unwrap();
-        check(&file, 128 * MIB, range);
+        let range = fit(&path, 128 * MIB, target).unwrap().unwrap();
+        check(&path, 128 * MIB, range);
     }
 
     #[test]
@@ -270,7 +359,76 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
         std::fs::write(&path, vec![7; 1 << 20]).unwrap();
-        assert_eq!(fit(&path, 1 << 20).unwrap(), None);
+        assert_eq!(fit(&path, 1 << 20, None).unwrap(), None);
         assert_eq!(std::fs::read(&path).unwrap(), vec![7; 1 << 20]);
+    }
+
+    /// What others have put beside the partition stays: boot code, further partitions, their names, types and flags.
+    #[test]
+    fn boot_code_and_other_partitions_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.set_len(64 * MIB).unwrap();
+        let disk = ShownDisk::open(&path, true).unwrap();
+        let device = Overlay { disk: &disk, len: 64 * MIB, position: 0, sectors: BTreeMap::new() };
+        let mut table = gpt::GptConfig::new().writable(true).create_from_device(device, None).unwrap();
+        let kinds = [gpt::partition_types::EFI, gpt::partition_types::LINUX_FS];
+        table.add_partition_at("boot part", 3, 2048, 4096, kinds[0].clone(), 5).unwrap();
+        table.add_partition_at("the rest", 2, 8192, 4096, kinds[1].clone(), 0).unwrap();
+        for (number, bytes) in &table.write().unwrap().sectors {
+            file.write_all_at(bytes, number * 512).unwrap();
+        }
+        let mut first = [7; 512];
+        first[446..].fill(0);
+        first[450] = 0xEE;
+        first[454] = 1;
+        first[510..].copy_from_slice(&[0x55, 0xAA]);
+        file.write_all_at(&first, 0).unwrap();
+        file.set_len(128 * MIB).unwrap();
+        let disk = ShownDisk::open(&path, true).unwrap();
+        let before = partition_table::read(&disk).unwrap().unwrap();
+        assert_eq!(before.last().unwrap().number, 2);
+        let end = partition_end(Scheme::Gpt, 128 * MIB);
+        fit(&path, 128 * MIB, Some((2, end))).unwrap();
+        let after = partition_table::read(&disk).unwrap().unwrap();
+        assert_eq!(after.numbered(3), before.numbered(3));
+        assert_eq!(after.last().unwrap().end(), end);
+        let mut now = [0; 512];
+        file.read_exact_at(&mut now, 0).unwrap();
+        assert_eq!(now[..446], first[..446], "the boot code stays");
+        assert_eq!(now[458..462], (128 * 2048 - 1u32).to_le_bytes());
+        assert!(fit(&path, 128 * MIB, Some((3, end))).is_err(), "another lies behind it");
+    }
+
+    /// The library alone would panic, or take gigabytes.
+    #[test]
+    fn odd_tables_are_refused_before_they_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.set_len(64 * MIB).unwrap();
+        for (offset, bytes) in &partition::layout(64 * MIB, MIB).unwrap().pieces {
+            file.write_all_at(bytes, *offset).unwrap();
+        }
+        for (at, value) in [(84, 256u32), (84, 0), (80, u32::MAX)] {
+            let mut header = [0; 512];
+            file.read_exact_at(&mut header, 512).unwrap();
+            let sound = header;
+            header[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            header[16..20].fill(0);
+            let sum = crc32(&header[..92]);
+            header[16..20].copy_from_slice(&sum.to_le_bytes());
+            file.write_all_at(&header, 512).unwrap();
+            let error = partition_table::read(&ShownDisk::open(&path, false).unwrap()).unwrap_err();
+            assert!(error.to_string().contains("not supported"), "{error}");
+            file.write_all_at(&sound, 512).unwrap();
+        }
+    }
+
+    fn crc32(bytes: &[u8]) -> u32 {
+        let step = |sum: u32, bit: u32| sum >> 1 ^ (0xEDB8_8320 & ((sum & 1 ^ bit).wrapping_neg()));
+        let byte = |sum: u32, byte: &u8| (0..8).fold(sum, |sum, at| step(sum, u32::from(*byte) >> at & 1));
+        !bytes.iter().fold(u32::MAX, byte)
     }
 }

@@ -13,7 +13,9 @@ use ploop_core::ops::Space;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::{open, repartition};
+use crate::disk_bytes::ShownDisk;
+use crate::open;
+use crate::partition_table::{self, Partition};
 
 /// Set to 1: as `--allow-reclaim-stall` on every command that serves a disk, also where it is not typed by hand.
 const ALLOW_RECLAIM_STALL_VARIABLE: &str = "PLOOP_ALLOW_RECLAIM_STALL";
@@ -39,6 +41,8 @@ pub(crate) struct ServeOptions {
     pub(crate) device: Option<PathBuf>,
     /// Show the whole disk even when it has a partition table.
     pub(crate) whole_disk: bool,
+    /// The partition to show, by number, label or UUID; the first when `None`.
+    pub(crate) partition: Option<String>,
     /// Who uses it, where several use the same images.
     pub(crate) component: Option<String>,
     /// The exported file alone, no loop device.
@@ -117,7 +121,8 @@ fn start_in(entry: &Entry, options: &ServeOptions) -> Result<State> {
     }
     let file = entry.disk_file();
     let read_only = entry.state()?.open.read_only;
-    let partition = if options.whole_disk { None } else { first_partition(&file)? };
+    let partition =
+        if options.whole_disk { None } else { choose_partition(&file, options.partition.as_deref())? };
     let attach = AttachOptions {
         offset: partition.map_or(0, |partition| partition.offset),
         len: partition.map_or(0, |partition| partition.len),
@@ -216,45 +221,19 @@ pub(crate) fn status_of(entry: &Entry) -> Result<Status> {
         .map_err(|cause| Error::io(ErrorKind::System, "read the server's status", cause.into()))
 }
 
-/// The first partition of the disk behind `file`, if it has a partition table; the kernel need not know it.
-pub(crate) fn first_partition(file: &Path) -> Result<Option<PartitionRange>> {
-    const SECTOR: u64 = ploop_core::units::SECTOR_BYTES;
-    let failed = |operation: &str, cause: io::Error| {
-        Error::io(ErrorKind::PartitionTable, operation.to_owned(), cause).at_path(file)
-    };
-    let mut disk = File::open(file).map_err(|cause| failed("open the disk", cause))?;
-    let size = disk.metadata().map_err(|cause| failed("examine the disk", cause))?.len();
-    let mut head = [0; 1024];
-    if size < 2 * SECTOR * 34 {
-        return Ok(None);
-    }
-    disk.read_exact(&mut head).map_err(|cause| failed("read the partition table", cause))?;
-    if !head[512..].starts_with(b"EFI PART") {
-        return Ok(None);
-    }
-    let table = repartition::open_table(&disk, size).map_err(|error| {
-        Error::new(ErrorKind::PartitionTable, format!("read the partition table: {error}"))
-            .at_path(file)
-            .advise("attach the whole disk with -n and repair the table")
-    })?;
-    let Some((&number, partition)) = table.partitions().iter().find(|(_, partition)| partition.is_used())
-    else {
-        return Ok(None);
-    };
-    let range = || {
-        let offset = partition.first_lba.checked_mul(SECTOR)?;
-        let sectors = partition.last_lba.checked_sub(partition.first_lba)?.checked_add(1)?;
-        let len = sectors.checked_mul(SECTOR)?;
-        (offset > 0 && offset.checked_add(len)? <= size).then_some(PartitionRange { number, offset, len })
-    };
-    match range() {
-        Some(range) => Ok(Some(range)),
-        None => Err(Error::new(
-            ErrorKind::PartitionTable,
-            format!("partition {number} lies outside of the disk of {size} bytes"),
+/// The partition of the disk behind `file` that is to be shown: the one that `wanted` means, or the first; `None` for a disk
+/// without a table. The kernel need not know the table.
+fn choose_partition(file: &Path, wanted: Option<&str>) -> Result<Option<PartitionRange>> {
+    let table = partition_table::read(&ShownDisk::open(file, false)?).map_err(|error| error.at_path(file))?;
+    match (table, wanted) {
+        (Some(table), Some(wanted)) => table.choose(wanted, file).map(|one| Some(one.range())),
+        (Some(table), None) => Ok(table.partitions.first().map(Partition::range)),
+        (None, Some(wanted)) => Err(Error::new(
+            ErrorKind::Parameter,
+            format!("partition {wanted:?}: the disk has no partition table"),
         )
-        .at_path(file)
-        .advise("attach the whole disk with -n and repair the table")),
+        .advise("leave out --partition")),
+        (None, None) => Ok(None),
     }
 }
 

@@ -79,13 +79,46 @@ fn of_path(name: &Path) -> Option<PathBuf> {
     path.file_name().is_some_and(|name| name == DESCRIPTOR_NAME).then_some(path)
 }
 
-/// The GUID of a snapshot as typed: `{xxxxxxxx-…}`, in either case.
+/// The GUID of a snapshot as typed: `{xxxxxxxx-…}` or without the braces, in either case.
 pub(crate) fn guid(text: &str) -> std::result::Result<Guid, String> {
-    text.parse().map_err(|error: Error| error.to_string())
+    in_braces(text).parse().map_err(|error: Error| error.to_string())
+}
+
+/// A UUID as typed, in the braces that images and descriptors write; other words stay as they are.
+fn in_braces(text: &str) -> String {
+    const BARE_LEN: usize = 36;
+    if text.len() == BARE_LEN && !text.starts_with('{') { format!("{{{text}}}") } else { text.to_owned() }
+}
+
+/// A snapshot as typed where a word may stand for one as well: a GUID gets its braces.
+pub(crate) fn guid_or_word(text: &str) -> std::result::Result<String, std::convert::Infallible> {
+    Ok(in_braces(text))
 }
 
 /// A rate as typed: a size for each second, at least one byte.
 pub(crate) fn rate(text: &str) -> std::result::Result<u64, String> {
     let bytes = crate::args::size(text)?.checked_bytes();
     bytes.filter(|&bytes| bytes > 0).ok_or_else(|| "a rate is at least one sector in a second".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guid_is_read_with_and_without_braces() {
+        let with = guid("{5FBAABE3-6958-40ff-92a7-860e329aab41}").unwrap();
+        assert_eq!(guid("5fbaabe3-6958-40ff-92a7-860e329aab41").unwrap(), with);
+        assert_eq!(guid_or_word("base").unwrap(), "base");
+        let word = guid_or_word("5fbaabe3-6958-40ff-92a7-860e329aab41").unwrap();
+        assert_eq!(word.parse::<Guid>().unwrap(), with);
+        for wrong in [
+            "",
+            "5fbaabe3695840ff92a7860e329aab41",
+            "{5fbaabe3-6958-40ff-92a7-860e329aab41",
+            "5fbaabe3-6958-40ff-92a7-860e329aab4g",
+        ] {
+            assert!(guid(wrong).is_err(), "{wrong:?}");
+        }
+    }
 }

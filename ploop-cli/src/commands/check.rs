@@ -19,6 +19,7 @@ use crate::exit::{Failure, Outcome};
 use crate::open::DESCRIPTOR_NAME;
 use crate::output::{Output, Report, human_bytes};
 use crate::progress::Job;
+use crate::snapshots::guid_or_word;
 
 /// Findings of one kind that people are shown with their place.
 const EXAMPLES_SHOWN: usize = 5;
@@ -40,7 +41,7 @@ const CLUSTER_SECTORS_DEFAULT: u64 = 2048;
 #[allow(clippy::struct_excessive_bools, reason = "what was typed")]
 pub(crate) struct Arguments {
     /// Only the image of this snapshot ("base" for the lowest); needs a descriptor
-    #[arg(short = 'u', value_name = "UUID")]
+    #[arg(short = 'u', value_name = "UUID", value_parser = guid_or_word)]
     snapshot: Option<String>,
 
     /// Look at the image although it is marked as closed; what is harmless is repaired

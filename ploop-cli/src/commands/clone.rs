@@ -21,7 +21,7 @@ use crate::snapshots::{Target, guid, lock_timeout};
                         being written to: clone a snapshot of it; 43 there is no such snapshot."
 )]
 pub(crate) struct Arguments {
-    /// Begin as this snapshot, in braces; as the current state by default
+    /// Begin as this snapshot, by its GUID; as the current state by default
     #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid)]
     snapshot: Option<Guid>,
 

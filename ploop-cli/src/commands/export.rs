@@ -21,6 +21,7 @@ use crate::progress::Job;
 use crate::qemu::{self, DiskFormat, Layout};
 use crate::serving::{self, ServeOptions};
 use crate::signals;
+use crate::snapshots::guid_or_word;
 
 /// Write the content of a disk, or of a snapshot, into a new file or to stdout
 ///
@@ -34,7 +35,7 @@ use crate::signals;
 )]
 pub(crate) struct Arguments {
     /// The snapshot to export, by its GUID; base for the lowest image
-    #[arg(short = 'u', long = "uuid", value_name = "UUID")]
+    #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid_or_word)]
     snapshot: Option<String>,
 
     /// Format of the new file

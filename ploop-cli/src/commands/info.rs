@@ -3,15 +3,19 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use ploop_core::device::runtime::Runtime;
+use ploop_core::device::runtime::{Runtime, State};
 use ploop_core::format::DESCRIPTOR_NAME;
 use ploop_core::ops::info::{InfoOptions, InfoReport, info};
 use ploop_core::units::SECTOR_BYTES;
-use ploop_core::{Error, ErrorKind};
+use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
+use crate::disk_bytes::ShownDisk;
 use crate::exit::Outcome;
+use crate::open::{self, Wanted};
 use crate::output::{Output, Report, human_bytes};
+use crate::partition_table::{self, Table};
+use crate::resize_plan::Closed;
 use crate::serving::{self, Status};
 use crate::space_used::{self, SpaceUsed};
 
@@ -41,6 +45,8 @@ struct Whole<'a> {
     disk: &'a InfoReport,
     /// How full its file system is, or was when it was last unmounted; none when that is not known.
     file_system: Option<SpaceUsed>,
+    /// The partitions; none where there is no table, or where it could not be read.
+    partition_table: Option<Table>,
 }
 
 /// Size, cluster size and version, as the original prints them.
@@ -112,6 +118,20 @@ impl Report for Whole<'_> {
                 writeln!(out, "             problem: {problem}")?;
             }
         }
+        if let Some(table) = &self.partition_table {
+            for partition in &table.partitions {
+                let label = partition.label.as_ref().map_or_else(String::new, |label| format!(" {label:?}"));
+                writeln!(
+                    out,
+                    "partition:   {} {}{label}, {} from byte {}, type {}",
+                    table.scheme.name(),
+                    partition.number,
+                    human_bytes(partition.len),
+                    partition.offset,
+                    partition.kind
+                )?;
+            }
+        }
         if let Some(used) = &self.file_system {
             // Read by scripts, which look for the first word.
             writeln!(out, "{:<11} {:>14} {:>14}", "resource", "Size", "Used")?;
@@ -169,5 +189,23 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let folder = if path.is_dir() { Some(path.as_path()) } else { path.parent() };
     let file_system =
         served.as_ref().and_then(space_used::of_served).or_else(|| SpaceUsed::remembered(folder?));
-    output.report(&Whole { disk: &report, file_system })
+    // What another program has open may change under a look.
+    let partition_table = match served.is_some() || !report.open_by_program {
+        true => partitions(&runtime, served.as_ref(), &path),
+        false => None,
+    };
+    output.report(&Whole { disk: &report, file_system, partition_table })
+}
+
+/// The partitions of a disk that can be read. An extra: what is wrong with the disk is for others to say.
+fn partitions(runtime: &Result<Runtime>, served: Option<&State>, path: &Path) -> Option<Table> {
+    if let (Ok(runtime), Some(state)) = (runtime, served)
+        && state.open.snapshot.is_none()
+    {
+        let disk = ShownDisk::open(&runtime.entry(&state.id).disk_file(), false).ok()?;
+        return partition_table::read(&disk).ok()?;
+    }
+    let wanted = Wanted { disks: vec![path.to_path_buf()], read_only: true, ..Wanted::default() };
+    let closed = Closed::glance(&open::resolve(&wanted).ok()?).ok()?;
+    partition_table::read(&closed.bytes()).ok()?
 }

@@ -16,6 +16,7 @@ use crate::commands::compact::not_mounted;
 use crate::exit::{Failure, Outcome};
 use crate::open::{self, Wanted};
 use crate::output::{Output, human_bytes};
+use crate::snapshots::guid;
 
 /// The verb of the control socket.
 pub(crate) const VERB: &str = "map";
@@ -34,7 +35,7 @@ const PICTURE_LINES: usize = 16;
 )]
 pub(crate) struct Arguments {
     /// The snapshot to map instead of the current state
-    #[arg(short = 'u', long = "uuid", value_name = "UUID")]
+    #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid)]
     snapshot: Option<Guid>,
 
     /// Draw the disk and its top image, one character for each slice

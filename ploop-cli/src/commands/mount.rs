@@ -12,16 +12,19 @@ use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::args;
+use crate::disk_bytes::ShownDisk;
 use crate::exit::Outcome;
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report};
+use crate::partition_table;
 use crate::serving::{self, ServeOptions, Served};
+use crate::snapshots::guid_or_word;
 use crate::space_used;
 
 /// Make a disk a block device and mount its file system
 ///
-/// Prints the block device. Without -m it only makes the device. If the disk has a partition table, the device shows its
-/// first partition.
+/// Prints the block device. Without -m it only makes the device. If the disk has a partition table (GPT or DOS), the device
+/// shows its first partition, or the one that --partition names.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Give the DiskDescriptor.xml of a disk or its folder, or its image files, base first. \
@@ -63,12 +66,16 @@ pub(crate) struct Arguments {
     options: Option<String>,
 
     /// The snapshot to open, read-only, by its GUID; base for the lowest image
-    #[arg(short = 'u', long = "uuid", value_name = "UUID")]
+    #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid_or_word)]
     snapshot: Option<String>,
 
     /// A name for this use of the disk, where several mount the same images read-only: `umount -c` finds it by it
     #[arg(short = 'c', long = "component", value_name = "COMPONENT", value_parser = component)]
     component: Option<String>,
+
+    /// The partition to show: its number, or the label or UUID of the partition or of what is on it; the first by default
+    #[arg(long, value_name = "N|LABEL|UUID", conflicts_with = "whole_disk")]
+    partition: Option<String>,
 
     /// Show the whole disk, with its partition table
     #[arg(short = 'n', long = "no-partition")]
@@ -136,6 +143,7 @@ impl Arguments {
             options: None,
             snapshot: Some(snapshot),
             component: Some(component),
+            partition: None,
             whole_disk: false,
             threads: 1,
             allow_reclaim_stall: false,
@@ -146,6 +154,11 @@ impl Arguments {
     /// The same with options for mount(8).
     pub(crate) fn with_options(self, file_system: Option<String>, options: Option<String>) -> Self {
         Self { file_system, options, ..self }
+    }
+
+    /// The same with the partition to show.
+    pub(crate) fn with_partition(self, partition: Option<String>) -> Self {
+        Self { partition, ..self }
     }
 }
 
@@ -171,10 +184,14 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             threads: usize::from(arguments.threads),
             device: arguments.device.clone(),
             whole_disk: arguments.whole_disk,
+            partition: arguments.partition.clone(),
             component: arguments.component.clone(),
             without_device: false,
         },
     )?;
+    if arguments.partition.is_none() {
+        tell_of_others(&served, output);
+    }
     match mount(&served, arguments, mount_point.as_deref(), read_only) {
         Ok(device) => Ok(Mounted {
             device,
@@ -190,6 +207,22 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             }
             Err(error)
         }
+    }
+}
+
+/// Says which partitions there are where one of several was taken without being asked for.
+fn tell_of_others(served: &Served, output: &Output) {
+    let Some(shown) = served.state.partition else { return };
+    let table =
+        ShownDisk::open(&served.entry.disk_file(), false).and_then(|disk| partition_table::read(&disk));
+    if let Ok(Some(table)) = table
+        && table.partitions.len() > 1
+    {
+        output.warn(&format!(
+            "partition {} of several is shown: {}; choose with --partition",
+            shown.number,
+            table.summary()
+        ));
     }
 }
 

@@ -5,14 +5,14 @@
 //! | served | image in the server, descriptor, partition table, device, file system | refused |
 //! | closed | image and descriptor, then served for a moment for the rest | served for a moment: file system, partition table; then descriptor and image |
 //!
-//! Every step leaves a disk that works, and does nothing where it was done before: the same command finishes what was cut.
+//! What can be refused is refused before the first step ([`resize_plan`]). Every step leaves a disk that works, and does
+//! nothing where it was done before: the same command finishes what was cut.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use ploop_core::device::loop_device;
 use ploop_core::device::runtime::{OpenRequest, PartitionRange};
-use ploop_core::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use ploop_core::ops::resize::Shrink;
 use ploop_core::units::{SECTOR_BYTES, Sectors};
 use ploop_core::{Error, ErrorKind, Result};
@@ -20,16 +20,21 @@ use ploop_server::holders::Holders;
 use serde::Serialize;
 
 use crate::args;
+use crate::disk_bytes::{DiskBytes, ShownDisk};
 use crate::exit::Outcome;
 use crate::inner_size::{self, Inner};
 use crate::output::{Output, Report, human_bytes};
+use crate::partition_table::{self, Partition, Table};
 use crate::repartition;
+use crate::resize_plan::{self, Closed, Plan};
 use crate::serving::{self, ServeOptions, Served};
+use crate::signature;
 use crate::sizing::{self, ImageSize, Target};
 
 /// Give a disk another size, with the partition and the file system on it
 ///
-/// Larger: also while it is mounted. Smaller: only while it is not, and only with ext2, ext3 or ext4 on it, or nothing.
+/// Larger: also while it is mounted; the last partition grows, and ext2, ext3, ext4 or xfs on it. Smaller: only while it is
+/// not mounted, and only with ext2, ext3 or ext4 where it is cut, or nothing.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "A resize that was cut is finished by the same command. Exit codes: 17 a copy of the disk is \
@@ -53,9 +58,14 @@ pub(crate) struct Arguments {
     #[arg(short = 'p', long = "pid", value_name = "PID")]
     process: Option<u32>,
 
-    /// Make a disk without a known file system smaller although it holds data past the new end: they are lost
+    /// Make the disk smaller although something is there that cannot become smaller, or data past the new end: they are
+    /// lost
     #[arg(long)]
     force: bool,
+
+    /// The partition that changes: its number, or its label or UUID; only the last one can, which is the default
+    #[arg(long, value_name = "N|LABEL|UUID")]
+    partition: Option<String>,
 
     /// Serve also where the kernel refuses to protect the server against waiting for its own device when memory is
     /// short; see `ploop mount`
@@ -78,6 +88,8 @@ struct Resized {
     partition: Option<PartitionRange>,
     /// The file system that fills it now.
     file_system: Option<&'static str>,
+    /// What is there that was left as it is.
+    left_alone: Option<String>,
 }
 
 impl Report for Resized {
@@ -97,38 +109,37 @@ impl Report for Resized {
         if let Some(partition) = self.partition {
             writeln!(out, "partition:   {}", human_bytes(partition.len))?;
         }
-        writeln!(out, "file system: {}", self.file_system.unwrap_or("none that is known"))
+        match (self.file_system, &self.left_alone) {
+            (Some(name), _) => writeln!(out, "file system: {name}"),
+            (None, Some(name)) => writeln!(out, "left alone:  {name}"),
+            (None, None) => writeln!(out, "file system: none that is known"),
+        }
     }
 }
 
-/// What became of the inside.
-struct Inside {
+/// What became of the disk.
+struct Done {
+    size: ImageSize,
     partition: Option<PartitionRange>,
-    file_system: Option<Inner>,
+    plan: Plan,
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     refuse_what_is_not_there(arguments)?;
-    let (size, inside) = match sizing::find(&arguments.disk, false)? {
+    let done = match sizing::find(&arguments.disk, false)? {
         Target::Served(served) if arguments.offline => return Err(in_use(&served, &arguments.disk).into()),
-        Target::Served(served) => {
-            // Found out before anything is changed.
-            if let Some(device) = &served.state.loop_device {
-                Holders::of(device)?.usable_mount("resize a mounted file system")?;
-            }
-            let size = sizing::served(&served, arguments.size, output)?;
-            let inside = grow_inside(&served, size.disk_bytes)?;
-            (size, inside)
-        }
-        Target::Closed(request) => closed(arguments, &request, output)?,
+        Target::Served(served) => served_disk(arguments, &served, output)?,
+        Target::Closed(request) => closed_disk(arguments, &request, output)?,
     };
+    let left_alone = done.plan.inner.is_none() && !done.plan.content.is_nothing();
     output.report(&Resized {
-        disk_bytes_before: size.disk_bytes_before,
-        disk_bytes: size.disk_bytes,
-        moved_clusters: size.moved_clusters,
-        held_ms: size.held_ms,
-        partition: inside.partition,
-        file_system: inside.file_system.map(Inner::name),
+        disk_bytes_before: done.size.disk_bytes_before,
+        disk_bytes: done.size.disk_bytes,
+        moved_clusters: done.size.moved_clusters,
+        held_ms: done.size.held_ms,
+        partition: done.partition,
+        file_system: done.plan.inner.map(Inner::name),
+        left_alone: left_alone.then(|| done.plan.content.name()),
     })
 }
 
@@ -159,95 +170,122 @@ fn in_use(served: &Served, name: &Path) -> Error {
         .advise("unmount it first: ploop umount; or, to make it larger, leave out -o")
 }
 
-/// A disk that nobody serves: changes it, serving it for a moment where that is needed for what is on it.
-fn closed(arguments: &Arguments, request: &OpenRequest, output: &Output) -> Result<(ImageSize, Inside)> {
-    let before = open_size(request)?;
-    let shrinks = arguments.size.checked_bytes().is_some_and(|bytes| bytes < before.disk_bytes)
-        && arguments.size.0.div_ceil(before.cluster_sectors.max(1))
-            < before.disk_sectors.div_ceil(before.cluster_sectors.max(1));
-    if !shrinks {
-        let size: ImageSize = sizing::closed(request, arguments.size, Shrink::Refuse, output)?.into();
-        if !before.has_something_on_it {
-            return Ok((size, Inside { partition: None, file_system: None }));
-        }
-        let disk_bytes = size.disk_bytes;
-        let inside = for_a_moment(arguments, request, output, |served| grow_inside(served, disk_bytes))?;
-        return Ok((size, inside));
+/// The size in whole clusters of the disk.
+fn rounded(arguments: &Arguments, cluster_bytes: u64) -> Result<u64> {
+    arguments
+        .size
+        .checked_bytes()
+        .and_then(|bytes| bytes.checked_next_multiple_of(cluster_bytes.max(SECTOR_BYTES)))
+        .ok_or_else(|| Error::new(ErrorKind::Parameter, "resize: the size does not fit 64 bits"))
+}
+
+/// The partition that was asked for.
+fn wanted<'t>(arguments: &Arguments, table: Option<&'t Table>, file: &Path) -> Result<Option<&'t Partition>> {
+    match (&arguments.partition, table) {
+        (None, _) => Ok(None),
+        (Some(wanted), Some(table)) => table.choose(wanted, file).map(Some),
+        (Some(wanted), None) => Err(Error::new(
+            ErrorKind::Parameter,
+            format!("partition {wanted:?}: the disk has no partition table"),
+        )
+        .advise("leave out --partition; nothing was changed")),
     }
-    let cluster_bytes = before.cluster_sectors * SECTOR_BYTES;
-    let disk_bytes = (arguments.size.0 * SECTOR_BYTES).next_multiple_of(cluster_bytes);
-    let (inside, shrink) = if before.has_something_on_it {
-        let force = arguments.force;
-        for_a_moment(arguments, request, output, |served| shrink_inside(served, disk_bytes, force))?
-    } else {
-        let shrink = if arguments.force { Shrink::Discard } else { Shrink::IfEmpty };
-        (Inside { partition: None, file_system: None }, shrink)
-    };
-    let size = sizing::closed(request, arguments.size, shrink, output).map_err(|error| {
-        if shrink == Shrink::IfEmpty && error.to_string().contains("holds data past its new end") {
-            error.advise("with --force what lies there is lost; nothing was changed")
-        } else {
-            error
-        }
-    })?;
-    Ok((size.into(), inside))
 }
 
-/// What must be known of a closed disk before anything is changed.
-struct Before {
-    disk_bytes: u64,
-    disk_sectors: u64,
-    cluster_sectors: u64,
-    /// There is a partition table, or a file system without one.
-    has_something_on_it: bool,
+/// What went wrong after the image had changed: said with what is there now.
+fn half_way(error: Error, disk_bytes: u64) -> Error {
+    let advice = error.advice().map_or_else(String::new, |advice| format!("{advice}; "));
+    error.advise(format!(
+        "{advice}the disk has its new size, {}; what is on it may still have its old one: the same command goes on from there",
+        human_bytes(disk_bytes)
+    ))
 }
 
-fn open_size(request: &OpenRequest) -> Result<Before> {
-    // Another command that works on the disk is waited for, as by every other command.
-    let _lock = match &request.descriptor {
-        Some(descriptor) => Some(DescriptorLock::take(descriptor, lock_timeout())?),
+/// A served disk grows, and what it shows.
+fn served_disk(arguments: &Arguments, served: &Served, output: &Output) -> Result<Done> {
+    let state = served.entry.state()?;
+    let device = device_of(served)?;
+    let file = served.entry.disk_file();
+    let disk = ShownDisk::open(&file, false)?;
+    let new = rounded(arguments, serving::status_of(&served.entry)?.cluster_bytes)?;
+    if new < disk.disk_bytes() {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            format!("the disk has {} bytes and is mounted: it does not become smaller", disk.disk_bytes()),
+        )
+        .at_path(&device)
+        .advise("unmount it first: ploop umount; nothing was changed"));
+    }
+    // A disk that is shown whole is its user's: a table on it may be anybody's.
+    let table = match state.partition {
+        Some(_) => partition_table::read(&disk).map_err(|error| error.at_path(&file))?,
         None => None,
     };
-    let request = OpenRequest { read_only: true, ..request.clone() };
-    let opened = crate::open::open(&request)?;
-    let geometry = opened.chain.geometry();
-    let mut head = vec![0; 4096];
-    let mut at = 0usize;
-    while at < head.len() && (at as u64) < geometry.disk_bytes() {
-        let wanted = (head.len() - at) as u64;
-        let mapping = opened.chain.map(ploop_core::units::GuestOffset(at as u64), wanted);
-        let len = usize::try_from(mapping.len()).unwrap_or(usize::MAX).min(head.len() - at);
-        if let ploop_core::format::Mapping::Data { delta, offset, .. } = mapping {
-            use ploop_core::io::StorageExt;
-            opened.chain.storage(delta).read_padded_at(offset.0, &mut head[at..at + len]).map_err(
-                |cause| {
-                    Error::io(ErrorKind::Read, "read the start of the disk", cause)
-                        .at_path(opened.chain.name(delta))
-                },
-            )?;
-        }
-        at += len;
+    let meant = wanted(arguments, table.as_ref(), &file)?.cloned();
+    // What the device shows, with what its cache holds.
+    let probe = |_: Option<(u64, u64)>| signature::probe(&device, None);
+    let plan = resize_plan::larger(&disk, table, &probe, new, (meant.as_ref(), state.partition))?;
+    if let Some(inner) = plan.inner {
+        // Found out before anything is changed.
+        let is_mounted = Holders::of(&device)?.usable_mount("resize a mounted file system")?.is_some();
+        inner_size::require(inner, is_mounted)?;
     }
-    Ok(Before {
-        disk_bytes: geometry.disk_bytes(),
-        disk_sectors: geometry.disk_sectors().0,
-        cluster_sectors: u64::from(geometry.cluster_sectors()),
-        has_something_on_it: head[512..].starts_with(b"EFI PART")
-            || head.starts_with(b"XFSB")
-            || head[1080..1082] == [0x53, 0xEF],
-    })
+    drop(disk);
+    let size = sizing::served(served, arguments.size, output)?;
+    let partition =
+        grow_inside(served, &plan, size.disk_bytes).map_err(|error| half_way(error, size.disk_bytes))?;
+    Ok(Done { size, partition, plan })
+}
+
+/// A disk that nobody serves: changes it, serving it for a moment where that is needed for what is on it.
+fn closed_disk(arguments: &Arguments, request: &OpenRequest, output: &Output) -> Result<Done> {
+    let closed = Closed::open(request)?;
+    let disk = closed.bytes();
+    let (old, new) = (disk.disk_bytes(), rounded(arguments, closed.cluster_bytes())?);
+    let is_smaller = new < old.next_multiple_of(closed.cluster_bytes().max(SECTOR_BYTES));
+    let nothing = disk.first_data(0, old)?.is_none();
+    let (plan, shrink) = if nothing && arguments.partition.is_none() {
+        (Plan::default(), if is_smaller { Shrink::IfEmpty } else { Shrink::Refuse })
+    } else {
+        closed.with_probe(request, arguments.allow_reclaim_stall, |(view, probe)| {
+            let table = partition_table::read(&disk).map_err(|error| {
+                let advice = error.advice().unwrap_or_default().to_owned();
+                error.advise(format!("{advice}; nothing was changed"))
+            })?;
+            let meant = wanted(arguments, table.as_ref(), view)?.cloned();
+            if is_smaller {
+                return resize_plan::smaller(&disk, table, probe, new, (meant.as_ref(), arguments.force));
+            }
+            let plan = resize_plan::larger(&disk, table, probe, new, (meant.as_ref(), None))?;
+            Ok((plan, Shrink::Refuse))
+        })?
+    };
+    drop(closed);
+    if let Some(inner) = plan.inner {
+        inner_size::require(inner, false)?;
+    }
+    let options = plan.serve_options(arguments.allow_reclaim_stall);
+    let mut partition = None;
+    if is_smaller && plan.concerns_the_inside() {
+        partition = for_a_moment(request, &options, output, |served| shrink_inside(served, &plan, new))?;
+    }
+    let size: ImageSize = sizing::closed(request, arguments.size, shrink, output)?.into();
+    if !is_smaller && plan.concerns_the_inside() {
+        let disk_bytes = size.disk_bytes;
+        partition = for_a_moment(request, &options, output, |served| grow_inside(served, &plan, disk_bytes))
+            .map_err(|error| half_way(error, disk_bytes))?;
+    }
+    Ok(Done { size, partition, plan })
 }
 
 /// Serves a closed disk while `work` is done on it. Nobody mounts it meanwhile but `work`.
 fn for_a_moment<T>(
-    arguments: &Arguments,
     request: &OpenRequest,
+    options: &ServeOptions,
     output: &Output,
     work: impl FnOnce(&Served) -> Result<T>,
 ) -> Result<T> {
-    let options =
-        ServeOptions { allow_reclaim_stall: arguments.allow_reclaim_stall, ..ServeOptions::default() };
-    let served = serving::start(request.clone(), &options)?;
+    let served = serving::start(request.clone(), options)?;
     let done = work(&served);
     let ended = serving::end(&served);
     match (done, ended) {
@@ -267,66 +305,50 @@ fn device_of(served: &Served) -> Result<PathBuf> {
     })
 }
 
-/// The table, the device and the file system follow an image that has grown.
-fn grow_inside(served: &Served, disk_bytes: u64) -> Result<Inside> {
-    let state = served.entry.state()?;
-    let device = device_of(served)?;
+/// The table, the device and the file system follow an image that has grown. The partition then.
+fn grow_inside(served: &Served, plan: &Plan, disk_bytes: u64) -> Result<Option<PartitionRange>> {
     let file = served.entry.disk_file();
-    // A disk that is shown whole is its user's: a table on it may be anybody's.
-    let partition = match state.partition {
-        None => None,
-        Some(_) => {
-            let range = repartition::fit(&file, disk_bytes)?;
-            if let Some(range) = range {
-                loop_device::set_len(&device, &file, range.len)?;
-                served.entry.update(|state| state.partition = Some(range))?;
-            }
-            range
+    let mut partition = None;
+    if plan.table.is_some() {
+        partition = repartition::fit(&file, disk_bytes, plan.target)?;
+        if let Some(range) = partition {
+            loop_device::set_len(&device_of(served)?, &file, range.len)?;
+            served.entry.update(|state| state.partition = Some(range))?;
         }
-    };
-    let inner = Inner::find(&device)?;
-    if let Some(inner) = inner {
-        inner_size::grow(inner, &device, &moment_folder(served))?;
     }
-    Ok(Inside { partition, file_system: inner })
+    if let Some(inner) = plan.inner {
+        inner_size::grow(inner, &device_of(served)?, &moment_folder(served))?;
+    }
+    Ok(partition)
 }
 
-/// The file system, then the table, make room before the image becomes smaller.
-fn shrink_inside(served: &Served, disk_bytes: u64, force: bool) -> Result<(Inside, Shrink)> {
-    let state = served.entry.state()?;
-    let device = device_of(served)?;
-    if let Some(mounted) = Holders::of(&device)?.mounts.first() {
-        return Err(Error::new(
-            ErrorKind::InUse,
-            format!("the file system was mounted meanwhile: {mounted}"),
-        ));
-    }
-    let end = match state.partition {
-        Some(partition) => repartition::partition_end(disk_bytes).saturating_sub(partition.offset),
-        None => disk_bytes,
-    };
-    let inner = Inner::find(&device)?;
-    let shrink = match inner {
-        Some(inner) => {
-            inner_size::shrink(inner, &device, end)?;
-            Shrink::Discard
-        }
-        None if force => Shrink::Discard,
-        None if state.partition.is_some() => {
+/// The file system, then the table, make room before the image becomes smaller. The partition then.
+fn shrink_inside(served: &Served, plan: &Plan, disk_bytes: u64) -> Result<Option<PartitionRange>> {
+    let file = served.entry.disk_file();
+    let table = partition_table::read(&ShownDisk::open(&file, false)?)?;
+    let mut is_as_seen = table == plan.table;
+    if let Some(inner) = plan.inner {
+        let device = device_of(served)?;
+        if let Some(mounted) = Holders::of(&device)?.mounts.first() {
             return Err(Error::new(
-                ErrorKind::Parameter,
-                "the partition holds nothing that could be made smaller by itself",
-            )
-            .at_path(&device)
-            .advise("with --force what lies past the new end is lost; nothing was changed"));
+                ErrorKind::InUse,
+                format!("the file system was mounted meanwhile: {mounted}"),
+            ));
         }
-        None => Shrink::IfEmpty,
-    };
-    let partition = match state.partition {
-        Some(_) => repartition::fit(&served.entry.disk_file(), disk_bytes)?,
-        None => None,
-    };
-    Ok((Inside { partition, file_system: inner }, shrink))
+        is_as_seen &= signature::probe(&device, None)? == plan.content;
+        if is_as_seen {
+            inner_size::shrink(inner, &device, plan.inner_bytes)?;
+        }
+    }
+    if !is_as_seen {
+        return Err(Error::new(ErrorKind::Busy, "the disk was changed by somebody else meanwhile")
+            .at_path(&file)
+            .advise("give the command again; nothing was changed"));
+    }
+    match plan.table {
+        Some(_) => repartition::fit(&file, disk_bytes, plan.target),
+        None => Ok(None),
+    }
 }
 
 /// Where a file system is mounted that grows only when mounted: beside the folder of the server, for the folder itself

@@ -164,7 +164,9 @@ struct Ground {
 fn begin(entry: &Entry, keeper: Connection, survivor: &Survivor, output: &Output) -> Result<Ground> {
     let request = entry.state()?.open;
     let folder = match &request.descriptor {
-        Some(descriptor) => Some(Arc::new(DirectoryFolder::open(descriptor.parent().unwrap_or(Path::new("/")))?)),
+        Some(descriptor) => {
+            Some(Arc::new(DirectoryFolder::open(descriptor.parent().unwrap_or(Path::new("/")))?))
+        }
         None => None,
     };
     let opened = open::open(&request)?;
@@ -194,7 +196,10 @@ fn succeed(keeper: Connection, survivor: &Survivor, output: &Output) -> Result<G
     opened.report.warnings.iter().for_each(|text| output.warn(text));
     let top = top_of(&opened.chain)?;
     if chosen.files.top()? != top {
-        return Err(Error::new(ErrorKind::Open, "succeed a dead server: another file was opened than is held"));
+        return Err(Error::new(
+            ErrorKind::Open,
+            "succeed a dead server: another file was opened than is held",
+        ));
     }
     inherit(&opened.chain, top, &legacy)?;
     survivor.set_top(top)?;
@@ -271,7 +276,8 @@ fn handlers(
     let turns = Arc::clone(turns);
     let copies = Arc::new(CopyService::new(Arc::clone(disk), folder.cloned(), Arc::clone(&turns)));
     let copies_of_deltas = Arc::clone(&copies);
-    let snapshots = Arc::new(SnapshotService::new(Arc::clone(disk), entry.clone(), folder.cloned(), Arc::clone(&turns)));
+    let snapshots =
+        Arc::new(SnapshotService::new(Arc::clone(disk), entry.clone(), folder.cloned(), Arc::clone(&turns)));
     let (deletes, merges) = (Arc::clone(&snapshots), Arc::clone(&snapshots));
     let counted_disk = Arc::clone(disk);
     Handlers::new()

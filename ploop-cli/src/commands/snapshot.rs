@@ -29,7 +29,7 @@ use crate::snapshots::{Target, guid, lock_timeout};
                         23 another command is at work on the disk; 14 something uses the disk that cannot be frozen."
 )]
 pub(crate) struct Arguments {
-    /// The GUID of the snapshot, in braces; a random one by default
+    /// The GUID of the snapshot; a random one by default
     #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid)]
     snapshot: Option<Guid>,
 

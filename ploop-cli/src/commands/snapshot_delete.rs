@@ -24,7 +24,7 @@ use crate::snapshots::{Target, guid, lock_timeout};
     after_help = "Exit codes: 43 there is no such snapshot; 37 it is mounted, or clones share its image."
 )]
 pub(crate) struct Arguments {
-    /// The GUID of the snapshot, in braces
+    /// The GUID of the snapshot
     #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid)]
     snapshot: Guid,
 

@@ -25,7 +25,7 @@ use crate::snapshots::{Target, guid, lock_timeout};
                         other states stand on one that would go."
 )]
 pub(crate) struct Arguments {
-    /// The GUID of the state that is merged with the one below it, in braces
+    /// The GUID of the state that is merged with the one below it
     #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid, conflicts_with = "all")]
     snapshot: Option<Guid>,
 

@@ -19,7 +19,7 @@ use crate::snapshots::{Target, guid, lock_timeout};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit codes: 43 there is no such snapshot; 37 the disk is mounted or open elsewhere.")]
 pub(crate) struct Arguments {
-    /// The GUID of the snapshot, in braces
+    /// The GUID of the snapshot
     #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid)]
     snapshot: Guid,
 

@@ -27,7 +27,7 @@ use crate::snapshots::{Target, guid, lock_timeout};
                         Exit codes: 37 the component is in use; 38 the GUID is taken, or the chain has 128 images; 23 another \
                         command is at work on the disk; 21 the file system cannot be mounted (the snapshot is deleted again); 14 something uses the disk that cannot be frozen.")]
 pub(crate) struct Arguments {
-    /// The GUID of the snapshot, in braces; a random one by default
+    /// The GUID of the snapshot; a random one by default
     #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid)]
     snapshot: Option<Guid>,
 
@@ -50,6 +50,9 @@ pub(crate) struct Arguments {
     /// Where something uses the disk that cannot be frozen: go on, and say so; the snapshot is as after a power loss
     #[arg(long)]
     crash_consistent: bool,
+    /// The partition to show, as of `ploop mount`; the first by default
+    #[arg(long, value_name = "N|LABEL|UUID")]
+    partition: Option<String>,
 
     /// DiskDescriptor.xml or its folder, or the device or mount point of a mounted disk
     #[arg(value_name = "DISK", default_value = "DiskDescriptor.xml")]
@@ -92,7 +95,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         component.clone(),
         mount_point,
     )
-    .with_options(arguments.file_system.clone(), arguments.options.clone());
+    .with_options(arguments.file_system.clone(), arguments.options.clone())
+    .with_partition(arguments.partition.clone());
     match mount::serve(&how, output) {
         Ok(mounted) => output.report(&Kept { snapshot, component: component.clone(), as_of, mounted }),
         Err(error) => {

@@ -56,7 +56,7 @@ fn wrong_command_lines_are_38_and_say_how_to_go_on() {
 
 #[test]
 fn a_size_error_says_what_is_expected() {
-    ploop(&["init", "-s", "10GB", "x"]).failed_with(38, &["10GB", "sectors", "K, M, G, T"]);
+    ploop(&["init", "-s", "10GBytes", "x"]).failed_with(38, &["10GBytes", "sectors", "K, M, G, T"]);
 }
 
 #[test]

@@ -7,11 +7,14 @@ mod ground;
 mod guests;
 mod killed;
 mod life;
+mod partitions;
 #[path = "../../../ploop-core/tests/patience/mod.rs"]
 mod patience;
 #[path = "../../../ploop-core/tests/referee/mod.rs"]
 mod referee;
+mod refused;
 mod resize;
+mod shrink;
 mod snapshot_commands;
 mod snapshots;
 mod space;

@@ -56,6 +56,8 @@ pub struct OpenOptions {
     pub caching: Caching,
     /// Whether images may be block devices.
     pub block_device: bool,
+    /// Take no lock on the images: for a look, after which nothing is done with what was seen. Only for reading.
+    pub unlocked: bool,
     /// How long to wait for the descriptor's lock.
     pub lock_timeout: Duration,
 }
@@ -71,6 +73,7 @@ impl OpenOptions {
             accept_in_use: false,
             caching: Caching::Direct,
             block_device: false,
+            unlocked: false,
             lock_timeout: lock_timeout(),
         }
     }
@@ -281,9 +284,8 @@ pub fn open_held(
     options: &OpenOptions,
 ) -> Result<Opened> {
     if let Some(folder) = folder.filter(|_| options.access == Access::ReadWrite) {
-        let failed = |cause| {
-            Error::io(ErrorKind::Sync, "open disk: sync its folder", cause).at_path(folder.path())
-        };
+        let failed =
+            |cause| Error::io(ErrorKind::Sync, "open disk: sync its folder", cause).at_path(folder.path());
         folder.sync().map_err(failed)?;
     }
     let mut opening = Opening { is_held: true, ..Opening::new(options) };
@@ -475,17 +477,21 @@ impl<'a> Opening<'a> {
             Access::ReadWrite => Ownership::Writer,
             Access::ReadOnly => Ownership::Reader,
         };
-        let lock = if self.is_held {
-            ImageLock::take_again(&storage, path, ownership)?
-        } else {
-            ImageLock::take(&storage, path, ownership)?
+        let lock = match (self.options.unlocked, access) {
+            (true, Access::ReadOnly) => None,
+            _ if self.is_held => Some(ImageLock::take_again(&storage, path, ownership)?),
+            _ => Some(ImageLock::take(&storage, path, ownership)?),
         };
         let storage = match self.options.caching {
             Caching::Cached => storage,
             Caching::Direct => self.past_the_cache(storage, path, access, raw)?,
         };
         self.direct.push(storage.is_direct());
-        let storage = Latched::new(LockedStorage::new(storage, path, lock));
+        let storage = match lock {
+            Some(lock) => LockedStorage::new(storage, path, lock),
+            None => LockedStorage::unlocked(storage, path),
+        };
+        let storage = Latched::new(storage);
         self.sources.push(Source { name: path.to_path_buf(), storage: Arc::new(storage), raw });
         Ok(())
     }

@@ -23,24 +23,25 @@ use crate::device::growing::{self, Watch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::CLUSTER_SECTORS_DEFAULT;
 use crate::format::{
-    Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Geometry, InUse, Mapping, Mode, Probe, ResizePlan,
-    Source, probe, scrub_slots,
+    Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Geometry, InUse, Mode, Probe, ResizePlan, Source,
+    probe, scrub_slots,
 };
 use crate::io::file::{Caching, DirectoryFolder};
 use crate::io::{Access, Allocation, Folder};
 use crate::mutant::{self, Mutant};
 use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
+use crate::ops::guest_bytes::GuestBytes;
 use crate::ops::image_files::remove_obsolete;
 use crate::ops::open::{self, OpenOptions, Which};
 use crate::ops::progress::Progress;
-use crate::units::{FileCluster, GuestOffset, SECTOR_BYTES, Sectors};
+use crate::units::{FileCluster, SECTOR_BYTES, Sectors};
 
 /// What may happen to what lies past the end of a smaller disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shrink {
     /// The disk must not become smaller.
     Refuse,
-    /// Nothing may lie there.
+    /// Nothing but zeros may lie there.
     IfEmpty,
     /// It goes. The caller has seen to it that it holds nothing of value: the file system ends before it.
     Discard,
@@ -294,33 +295,14 @@ fn account_for_the_rest(chain: &Chain, plan: &ResizePlan, shrink: Shrink) -> Res
     if shrink == Shrink::Discard {
         return Ok(());
     }
-    let top = chain.top();
     let (end, old_end) = (plan.geometry.disk_bytes(), chain.geometry().disk_bytes());
-    let mut at = end;
-    let mut holds_data = false;
-    while at < old_end && !holds_data {
-        let mapping = chain.map(GuestOffset(at), old_end - at);
-        if let Mapping::Data { delta, offset, len } = mapping {
-            holds_data = match chain.delta_geometry(delta).is_raw() {
-                false => true,
-                true => chain
-                    .storage(delta)
-                    .next_data(offset.0)
-                    .map_err(|cause| {
-                        Error::io(ErrorKind::Read, "look for data past the new end", cause)
-                            .at_path(chain.name(delta))
-                    })?
-                    .is_some_and(|(start, _)| start < offset.0 + len),
-            };
-        }
-        at = at.saturating_add(mapping.len());
-    }
-    if !holds_data {
-        return Ok(());
-    }
-    Err(Error::new(ErrorKind::Parameter, format!("the disk holds data past its new end, byte {end}"))
-        .at_path(chain.name(top))
-        .advise("shrink what is on the disk first; nothing was changed"))
+    let Some(found) = GuestBytes::of(chain).first_data(end, old_end)? else { return Ok(()) };
+    Err(Error::new(
+        ErrorKind::Parameter,
+        format!("the disk holds data past its new end, byte {end}: at byte {found}"),
+    )
+    .at_path(chain.name(chain.top()))
+    .advise("shrink what is on the disk first; nothing was changed"))
 }
 
 /// Closes an image that has its size already and was not closed: the run that gave it that size may have been cut.

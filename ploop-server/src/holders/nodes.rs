@@ -160,7 +160,7 @@ mod tests {
         let Some(device) = entries(Path::new("/dev")).into_iter().find(|path| {
             sys::path_status(path).is_ok_and(|status| status.mode & libc::S_IFMT == libc::S_IFBLK)
         }) else {
-            println!("SKIP: there is no block device here");
+            ploop_testing::skip(ploop_testing::Need::Other, "there is no block device here");
             return;
         };
         let (major, minor) = device_number(&device).unwrap();

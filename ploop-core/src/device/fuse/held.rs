@@ -266,8 +266,11 @@ pub struct Chosen {
 pub fn choose(mut held: Vec<HeldFiles>, in_use: u64, is_pending: bool) -> Result<Chosen> {
     let number_max = held.iter().map(|files| files.number).max().unwrap_or(0);
     let Some(current) = held.iter().position(|files| files.number == in_use) else {
-        return Err(Error::new(ErrorKind::Device, "succeed a dead server: the keeper does not hold the files it had open")
-            .advise("unmount what is left with ploop umount, then check the image and its file system"));
+        return Err(Error::new(
+            ErrorKind::Device,
+            "succeed a dead server: the keeper does not hold the files it had open",
+        )
+        .advise("unmount what is left with ploop umount, then check the image and its file system"));
     };
     let named = named_files(&held[current]);
     let mut chosen = current;

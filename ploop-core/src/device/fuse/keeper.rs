@@ -330,8 +330,7 @@ impl Keeper {
         let passed = [self.fuse.as_fd(), self.survivor.file().as_fd(), connection.descriptor()];
         let [fuse, memory, keeper] = passed.map(|descriptor| descriptor.as_raw_fd());
         let launch = Launch { mode, fuse, memory, keeper };
-        let inheritable =
-            |on| passed.iter().try_for_each(|&descriptor| sys::set_inheritable(descriptor, on));
+        let inheritable = |on| passed.iter().try_for_each(|&descriptor| sys::set_inheritable(descriptor, on));
         inheritable(true).map_err(|cause| failed("pass descriptors to a server", cause))?;
         let started = prepare(&launch).spawn();
         inheritable(false).map_err(|cause| failed("keep descriptors", cause))?;
