@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use ploop_core::device::runtime::{self, Runtime, State};
+use ploop_core::error::shown;
 use serde::Serialize;
 
 use crate::exit::Outcome;
@@ -61,11 +62,10 @@ struct Lines {
 impl Report for Lines {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
         for line in &self.disks {
-            let device =
-                line.device.as_ref().map_or_else(|| "-".into(), |device| device.display().to_string());
-            write!(out, "{device:<12} {}", line.disk.display())?;
+            let device = line.device.as_ref().map_or_else(|| "-".into(), |device| shown(&device));
+            write!(out, "{device:<12} {}", shown(&line.disk))?;
             for point in &line.mount_points {
-                write!(out, " {}", point.display())?;
+                write!(out, " {}", shown(&point))?;
             }
             if let Some(component) = &line.component {
                 write!(out, " {component}")?;

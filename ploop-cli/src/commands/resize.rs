@@ -21,6 +21,7 @@ use serde::Serialize;
 use crate::args;
 use crate::exit::Outcome;
 use crate::inner_size::{self, Inner};
+use crate::open;
 use crate::output::{Output, Report, human_bytes};
 use crate::repartition;
 use crate::serving::{self, ServeOptions, Served};
@@ -111,11 +112,15 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let (size, inside) = match sizing::find(&arguments.disk, false)? {
         Target::Served(served) if arguments.offline => return Err(in_use(&served, &arguments.disk).into()),
         Target::Served(served) => {
+            open::refuse_encrypted(&served.state.open, "resize what is inside")?;
             let size = sizing::served(&served, arguments.size, output)?;
             let inside = grow_inside(&served, size.disk_bytes)?;
             (size, inside)
         }
-        Target::Closed(request) => closed(arguments, &request, output)?,
+        Target::Closed(request) => {
+            open::refuse_encrypted(&request, "resize what is inside")?;
+            closed(arguments, &request, output)?
+        }
     };
     output.report(&Resized {
         disk_bytes_before: size.disk_bytes_before,

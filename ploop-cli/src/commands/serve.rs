@@ -156,11 +156,12 @@ fn open_chain(
     };
     let opened = open::open(&request, manner)?;
     opened.report.warnings.iter().for_each(|text| output.warn(text));
-    let top = opened
-        .chain
-        .storage(opened.chain.top())
-        .descriptor()
-        .map(FileIdentity::of)
+    let top = opened.chain.storage(opened.chain.top()).descriptor().map(FileIdentity::of);
+    if top.is_none() && request.read_only {
+        // Parts of a split disk, joined: nothing is ever written, so a successor has nothing to inherit.
+        return Ok(opened.chain);
+    }
+    let top = top
         .ok_or_else(|| Error::new(ErrorKind::Open, "the top of the disk is no file"))?
         .map_err(|cause| Error::io(ErrorKind::Stat, "examine the image", cause))?;
     if arguments.mode != Mode::First {
