@@ -43,6 +43,16 @@ fn main() -> ExitCode {
         }
         Parsed::Help(text) => exit::printed(output::print_text(&text)),
         Parsed::Usage(text) => {
+            // Not parsed, so only looked for: who wants JSON gets no text.
+            if std::env::args_os().skip(1).take_while(|one| one != "--").any(|one| one == "--json") {
+                let message = text.trim().strip_prefix("error: ").unwrap_or(text.trim());
+                let (message, rest) = message.split_once("\n\n").unwrap_or((message, ""));
+                let error = ploop_core::Error::new(ploop_core::ErrorKind::Parameter, message);
+                let rest = rest.trim();
+                let error = if rest.is_empty() { error } else { error.advise(rest) };
+                output::Output::new(true, 0).error(&error);
+                return ExitCode::from(exit::USAGE);
+            }
             output::complain(&text);
             ExitCode::from(exit::USAGE)
         }

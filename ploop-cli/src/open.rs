@@ -11,14 +11,17 @@ use std::time::{Duration, Instant};
 use ploop_core::device::fuse::held::HeldFiles;
 use ploop_core::device::runtime::{ImageFile, OpenRequest};
 pub(crate) use ploop_core::format::DESCRIPTOR_NAME;
-use ploop_core::format::{Chain, DiskDescriptor, Guid};
+use ploop_core::format::{Chain, Described, DiskDescriptor, Encryption, Guid, Image};
 use ploop_core::io::file::DirectoryFolder;
 use ploop_core::io::identity::{self, FileIdentity};
 use ploop_core::io::{Access, Folder};
 use ploop_core::ops;
-use ploop_core::ops::open::{OpenOptions, Opened, Which};
+pub(crate) use ploop_core::ops::open::followed;
+use ploop_core::ops::open::{OpenOptions, Opened, Which, image_paths};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Result};
+
+mod order;
 
 /// How often a lock that is still taken is tried again.
 const LOCK_RETRY: Duration = Duration::from_millis(2);
@@ -38,6 +41,8 @@ pub(crate) struct Wanted {
     pub(crate) cluster_sectors: Option<u64>,
     /// The snapshot to open instead of the top.
     pub(crate) snapshot: Option<String>,
+    /// Folders that images outside of the bundle may be taken from.
+    pub(crate) parents: Vec<PathBuf>,
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
@@ -70,9 +75,10 @@ pub(crate) fn resolve(wanted: &Wanted) -> Result<OpenRequest> {
         raw_base: wanted.raw_base,
         cluster_sectors: wanted.cluster_sectors,
         read_only: wanted.read_only,
+        parents: wanted.parents.iter().map(|path| absolute(path)).collect::<Result<Vec<_>>>()?,
         ..OpenRequest::default()
     };
-    let paths = wanted.disks.iter().map(|path| absolute(path)).collect::<Result<Vec<_>>>()?;
+    let paths = wanted.disks.iter().map(|path| absolute(&followed(path)?)).collect::<Result<Vec<_>>>()?;
     let [single] = paths.as_slice() else {
         if paths.iter().any(|path| path.is_dir() || is_descriptor(path)) {
             return Err(Error::new(
@@ -80,6 +86,7 @@ pub(crate) fn resolve(wanted: &Wanted) -> Result<OpenRequest> {
                 "a descriptor stands alone, images are listed base first",
             ));
         }
+        order::check(&paths)?;
         request.images = paths;
         return without_snapshot(request);
     };
@@ -114,12 +121,19 @@ fn descriptor_of(image: &Path) -> Result<Option<PathBuf>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let (_, descriptor) = load(&path)?;
+    let described = Described::load(&DirectoryFolder::open(folder)?, Some(folder), true)?;
     let image = ImageFile::at(image)?;
-    let is_this = |file: &str| ImageFile::at(&folder.join(file)).is_ok_and(|file| file.is_same_file(&image));
-    match descriptor.images() {
-        [only] if is_this(only.file()) => Ok(Some(path)),
-        images if images.iter().any(|one| is_this(one.file())) => {
+    let is_this = |one: &Image| {
+        !one.is_outside()
+            && ImageFile::at(&folder.join(one.file())).is_ok_and(|file| file.is_same_file(&image))
+    };
+    let images: Vec<&Image> = match &described {
+        Described::Whole(descriptor) => descriptor.images().iter().collect(),
+        Described::Split(split) => split.parts().iter().flat_map(|part| part.descriptor.images()).collect(),
+    };
+    match images.as_slice() {
+        [only] if is_this(only) => Ok(Some(path)),
+        images if images.iter().any(|one| is_this(one)) => {
             Err(Error::new(ErrorKind::Parameter, "the image is one of several of a disk")
                 .at_path(&image.path)
                 .advise(format!("give {}", path.display())))
@@ -135,6 +149,35 @@ pub(crate) fn load(path: &Path) -> Result<(DirectoryFolder, DiskDescriptor)> {
     Ok((folder, descriptor))
 }
 
+/// Reads a descriptor of a disk that is only looked at, or is about to be opened as `request` says.
+fn load_to_read(path: &Path, request: &OpenRequest) -> Result<Described> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    let described =
+        Described::load(&DirectoryFolder::open(parent)?, Some(parent), !request.parents.is_empty())?;
+    match request.read_only {
+        true => Ok(described),
+        false => described.whole().map(Described::Whole).map_err(|error| error.at_path(path)),
+    }
+}
+
+/// Refuses what `what` would do to an encrypted disk: take ciphertext for a file system.
+pub(crate) fn refuse_encrypted(request: &OpenRequest, what: &str) -> Result<()> {
+    let Some(path) = &request.descriptor else { return Ok(()) };
+    match load_to_read(path, request)?.first().encryption() {
+        None => Ok(()),
+        Some(encryption) => Err(Error::new(ErrorKind::Parameter, format!("{what}: the disk is {encryption}"))
+            .at_path(path)
+            .advise(match encryption {
+                Encryption::Engine(_) => {
+                    "only the program it belongs to can read it: decrypt it there, or copy its content out of there"
+                }
+                Encryption::Key(_) => {
+                    "make the device without -m, open it with cryptsetup, and mount or change what appears then"
+                }
+            })),
+    }
+}
+
 /// The snapshot meant by what was typed; `None` for the current state.
 fn snapshot(request: &OpenRequest, descriptor: &DiskDescriptor) -> Result<Option<Guid>> {
     match request.snapshot.as_deref() {
@@ -148,7 +191,7 @@ fn snapshot(request: &OpenRequest, descriptor: &DiskDescriptor) -> Result<Option
 /// The snapshot that opening `request` would open; `None` for the current state.
 pub(crate) fn snapshot_of(request: &OpenRequest) -> Result<Option<Guid>> {
     match &request.descriptor {
-        Some(descriptor) => snapshot(request, &load(descriptor)?.1),
+        Some(descriptor) => snapshot(request, load_to_read(descriptor, request)?.first()),
         None => Ok(None),
     }
 }
@@ -164,18 +207,44 @@ pub(crate) fn files(request: &OpenRequest) -> Result<(Option<ImageFile>, Vec<Ima
         let images = request.images.iter().map(|path| ImageFile::at(path)).collect::<Result<_>>()?;
         return Ok((None, images));
     };
-    let (_, descriptor) = load(path)?;
+    let described = load_to_read(path, request)?;
     let folder = path.parent().unwrap_or(Path::new("/"));
-    let state = snapshot(request, &descriptor)?.unwrap_or(descriptor.top_guid());
-    let images = descriptor
-        .chain_for(state)?
-        .into_iter()
-        .map(|image| ImageFile::at(&folder.join(image.file())))
+    let state = snapshot(request, described.first())?;
+    let images = image_paths(&described, folder, state, &request.parents)?
+        .iter()
+        .map(|path| ImageFile::at(path))
         .collect::<Result<_>>()?;
     Ok((Some(ImageFile::at(path)?), images))
 }
 
-fn options(request: &OpenRequest) -> Result<OpenOptions> {
+/// Who encrypted the disk of a request, and what is odd about it; nothing for images without descriptor.
+pub(crate) fn oddities_of(request: &OpenRequest) -> Result<(Option<String>, Vec<String>)> {
+    let Some(path) = &request.descriptor else { return Ok((None, Vec::new())) };
+    let described = load_to_read(path, request)?;
+    let descriptor = described.first();
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let encryption = descriptor.encryption().map(|encryption| encryption.to_string());
+    Ok((encryption, ops::open::oddities(descriptor, folder)))
+}
+
+/// Refuses to make a file among the devices: a name mistyped there would fill the memory of the host.
+pub(crate) fn check_new_file(what: &str, path: &Path) -> Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let Ok(real) = std::fs::canonicalize(parent) else { return Ok(()) };
+    let is_device_folder = real.starts_with("/dev") && !real.starts_with("/dev/shm");
+    if !is_device_folder || path.symlink_metadata().is_ok() {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Device,
+        format!("{what}: there is no such device, and no file is made in /dev"),
+    )
+    .at_path(path)
+    .advise("check the name of the device (lsblk), or give a file elsewhere"))
+}
+
+/// How to open the chain of a request; only its top for writing.
+pub(crate) fn options_of(request: &OpenRequest) -> Result<OpenOptions> {
     let which = match &request.descriptor {
         Some(descriptor) => Which::Path(descriptor.clone()),
         None => Which::Files(request.images.clone()),
@@ -185,6 +254,7 @@ fn options(request: &OpenRequest) -> Result<OpenOptions> {
         snapshot: snapshot_of(request)?,
         raw_cluster: raw_cluster_of(request),
         block_device: request.descriptor.is_none(),
+        parents: request.parents.clone(),
         ..OpenOptions::new("", access_of(request))
     })
 }
@@ -192,12 +262,12 @@ fn options(request: &OpenRequest) -> Result<OpenOptions> {
 /// Opens the chain for a look, after which nothing is done: without locks, in nobody's way.
 pub(crate) fn glance(request: &OpenRequest) -> Result<Opened> {
     let request = OpenRequest { read_only: true, ..request.clone() };
-    ops::open::open(&OpenOptions { unlocked: true, ..options(&request)? })
+    ops::open::open(&OpenOptions { unlocked: true, ..options_of(&request)? })
 }
 
 /// Opens the chain; only its top for writing, all of it locked.
 pub(crate) fn open(request: &OpenRequest) -> Result<Opened> {
-    ops::open::open(&options(request)?)
+    ops::open::open(&options_of(request)?)
 }
 
 fn access_of(request: &OpenRequest) -> Access {

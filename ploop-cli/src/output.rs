@@ -7,6 +7,7 @@ use std::error::Error as _;
 use std::io::{self, Write};
 use std::time::SystemTime;
 
+use ploop_core::error::one_line;
 use ploop_core::{Error, ErrorKind};
 use serde::Serialize;
 
@@ -95,7 +96,7 @@ impl Output {
             if self.json {
                 complain(&format!("{}\n", serde_json::json!({ "warning": text })));
             } else {
-                complain(&format!("{}ploop: warning: {text}\n", self.stamp()));
+                complain(&format!("{}ploop: warning: {}\n", self.stamp(), tame(text)));
             }
         }
     }
@@ -127,12 +128,12 @@ impl Output {
             }
         }
         let stamp = self.stamp();
-        let mut text = format!("{stamp}ploop: {error}\n");
+        let mut text = format!("{stamp}ploop: {}\n", tame(&error.to_string()));
         for cause in causes(error) {
-            text += &format!("{stamp}  cause: {cause}\n");
+            text += &format!("{stamp}  cause: {}\n", tame(&cause));
         }
         if let Some(advice) = error.advice() {
-            text += &format!("{stamp}  advice: {advice}\n");
+            text += &format!("{stamp}  advice: {}\n", tame(advice));
         }
         text
     }
@@ -146,6 +147,11 @@ impl Output {
         let (hours, minutes, seconds) = (day_seconds / 3600, day_seconds / 60 % 60, day_seconds % 60);
         format!("{hours:02}:{minutes:02}:{seconds:02}.{:03} UTC ", since.subsec_millis())
     }
+}
+
+/// A text that may quote others: its lines without what moves a cursor.
+fn tame(text: &str) -> String {
+    text.split('\n').map(one_line).collect::<Vec<_>>().join("\n")
 }
 
 /// The causes of an error from near to far. A cause that repeats the one before is left out.

@@ -46,6 +46,44 @@ pub(crate) enum DiskFormat {
     Qed,
 }
 
+impl DiskFormat {
+    /// The format that a file's name says it has, if it says so.
+    pub(crate) fn of_name(path: &Path) -> Option<Self> {
+        let extension = path.extension()?.to_str()?.to_ascii_lowercase();
+        match extension.as_str() {
+            "raw" | "img" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            "vmdk" => Some(Self::Vmdk),
+            "vdi" => Some(Self::Vdi),
+            "vhdx" => Some(Self::Vhdx),
+            "vhd" | "vpc" => Some(Self::Vpc),
+            "qed" => Some(Self::Qed),
+            _ => None,
+        }
+    }
+}
+
+/// What the first bytes of a file look like; for a refusal, never to open it by.
+pub(crate) fn signature_of(path: &Path) -> Option<&'static str> {
+    use std::io::Read;
+    const SIGNATURES: [(usize, &[u8], &str); 8] = [
+        (0, b"QFI\xfb", "qcow2"),
+        (0, b"QED\0", "qed"),
+        (0, b"KDMV", "vmdk"),
+        (0, b"# Disk DescriptorFile", "vmdk"),
+        (64, &[0x7f, 0x10, 0xda, 0xbe], "vdi"),
+        (0, b"vhdxfile", "vhdx"),
+        (0, b"conectix", "vpc"),
+        (0, b"Withou", "ploop"),
+    ];
+    let file =
+        std::fs::File::open(path).ok().filter(|file| file.metadata().is_ok_and(|data| data.is_file()))?;
+    let mut first = Vec::new();
+    file.take(128).read_to_end(&mut first).ok()?;
+    let has = |at: usize, signature: &[u8]| first.get(at..).is_some_and(|rest| rest.starts_with(signature));
+    SIGNATURES.iter().find(|(at, signature, _)| has(*at, signature)).map(|(.., name)| *name)
+}
+
 impl fmt::Display for DiskFormat {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {

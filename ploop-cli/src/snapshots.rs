@@ -71,7 +71,7 @@ impl Target {
 
 /// The descriptor that a path names by itself.
 fn of_path(name: &Path) -> Option<PathBuf> {
-    let path = std::fs::canonicalize(name).ok()?;
+    let path = std::fs::canonicalize(open::followed(name).ok()?).ok()?;
     if path.is_dir() {
         let descriptor = path.join(DESCRIPTOR_NAME);
         return descriptor.is_file().then_some(descriptor);

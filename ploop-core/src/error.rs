@@ -283,11 +283,28 @@ impl Error {
     }
 }
 
+/// A path for people: on one line whatever its bytes are, with control characters as `\\n`, `\\u{1b}`.
+pub fn shown(path: &Path) -> String {
+    one_line(&path.to_string_lossy())
+}
+
+/// A text for people with its control characters as `\\n`, `\\u{1b}`.
+pub fn one_line(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter.is_control() {
+            true => shown.extend(letter.escape_default()),
+            false => shown.push(letter),
+        }
+    }
+    shown
+}
+
 impl fmt::Display for Error {
     /// One line without the cause: `PATH: MESSAGE (file byte N, guest cluster M)`; causes follow through `source()`.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.context.path {
-            write!(formatter, "{}: ", path.display())?;
+            write!(formatter, "{}: ", shown(path))?;
         }
         formatter.write_str(&self.message)?;
         match (self.context.offset, self.context.cluster) {
@@ -318,6 +335,12 @@ mod tests {
             .at_offset(0);
         assert_eq!(error.to_string(), "/a/root.hds: read header: wrong signature (file byte 0)");
         assert_eq!(error.kind().exit_code(), 11);
+    }
+
+    #[test]
+    fn a_path_is_one_line_and_moves_no_cursor() {
+        let error = Error::new(ErrorKind::Open, "open").at_path("/a\nb/\u{1b}[2J\tü");
+        assert_eq!(error.to_string(), "/a\\nb/\\u{1b}[2J\\tü: open");
     }
 
     #[test]

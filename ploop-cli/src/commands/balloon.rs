@@ -281,6 +281,7 @@ fn discard(wanted: &Discard, output: &Output) -> Result<Compacted> {
             .advise("--automount mounts it meanwhile; `ploop compact` works without, on a closed disk"));
     }
     let request = open::resolve(&Wanted { disks: vec![wanted.disk.clone()], ..Wanted::default() })?;
+    open::refuse_encrypted(&request, "mount its file system")?;
     let served = serving::start(request, &ServeOptions::default())?;
     let done = mounted(&served, &wishes, &job, output);
     let ended = unmount(&served);

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use ploop_core::format::{DiskDescriptor, Guid};
+use ploop_core::error::{one_line, shown};
+use ploop_core::format::{Described, Guid};
 use ploop_core::io::file::DirectoryFolder;
 use ploop_core::ops::check::{
     self, CheckOptions, CheckReport, Class, Findings, ImageCheck, Outcome as Verdict,
@@ -16,7 +17,7 @@ use ploop_core::{Error, ErrorKind};
 use serde::Serialize;
 
 use crate::exit::{Failure, Outcome};
-use crate::open::DESCRIPTOR_NAME;
+use crate::open::{DESCRIPTOR_NAME, followed};
 use crate::output::{Output, Report, human_bytes};
 use crate::progress::Job;
 use crate::snapshots::guid_or_word;
@@ -101,9 +102,27 @@ pub(crate) struct Arguments {
 #[derive(Serialize)]
 #[serde(transparent)]
 struct Checked<'a> {
+    #[serde(serialize_with = "without_uncounted")]
     report: &'a CheckReport,
     #[serde(skip)]
     examples_max: usize,
+}
+
+/// The report without the counts of what was skipped: nothing was counted there, and 0 is a number.
+fn without_uncounted<S: serde::Serializer>(
+    report: &CheckReport,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    let mut value = serde_json::to_value(report).map_err(serde::ser::Error::custom)?;
+    let images = value.get_mut("images").and_then(serde_json::Value::as_array_mut);
+    for (image, checked) in images.into_iter().flatten().zip(&report.images) {
+        if let (Verdict::Skipped, Some(fields)) = (checked.outcome, image.as_object_mut()) {
+            for uncounted in ["allocated_clusters", "free_clusters", "fragments"] {
+                fields.remove(uncounted);
+            }
+        }
+    }
+    value.serialize(serializer)
 }
 
 fn verdict(outcome: Verdict) -> &'static str {
@@ -134,7 +153,7 @@ impl Checked<'_> {
                 places.extend(example.file_offset.map(|offset| format!("file byte {offset}")));
                 let places =
                     if places.is_empty() { String::new() } else { format!("{}: ", places.join(", ")) };
-                writeln!(out, "                {places}{}", example.detail)?;
+                writeln!(out, "                {places}{}", one_line(&example.detail))?;
                 *shown.entry(row.kind).or_insert(0u64) += 1;
             }
             let rest = row.count.saturating_sub(shown.get(&row.kind).copied().unwrap_or(0));
@@ -151,7 +170,7 @@ impl Checked<'_> {
     }
 
     fn write_image(&self, out: &mut dyn Write, image: &ImageCheck) -> io::Result<()> {
-        let file = image.file.display();
+        let file = shown(&image.file);
         match image.outcome {
             Verdict::Skipped => return writeln!(out, "{file}: {}", verdict(image.outcome)),
             _ if image.findings.is_empty() => writeln!(out, "{file}: {}", verdict(image.outcome))?,
@@ -172,7 +191,7 @@ impl Checked<'_> {
             )?;
             if let Some(undo) = &repair.undo_file {
                 let path = image.file.with_file_name(undo);
-                writeln!(out, "  to take it back: ploop check --undo {} {file}", path.display())?;
+                writeln!(out, "  to take it back: ploop check --undo {} {file}", shown(&path))?;
             }
         }
         if image.filled_hole_bytes > 0 {
@@ -197,13 +216,16 @@ impl Report for Checked<'_> {
         }
         let Some(descriptor) = &self.report.descriptor else { return Ok(()) };
         if !self.report.findings.is_empty() {
-            writeln!(out, "{}: chain and folder ({})", descriptor.display(), totals(&self.report.findings))?;
+            writeln!(out, "{}: chain and folder ({})", shown(&descriptor), totals(&self.report.findings))?;
             self.write_findings(out, &self.report.findings)?;
         }
-        for name in &self.report.files_removed {
-            writeln!(out, "  removed {name}")?;
+        for note in &self.report.notes {
+            writeln!(out, "  note: {note}")?;
         }
-        writeln!(out, "{}: {}", descriptor.display(), verdict(self.report.outcome))
+        for name in &self.report.files_removed {
+            writeln!(out, "  removed {}", one_line(name))?;
+        }
+        writeln!(out, "{}: {}", shown(&descriptor), verdict(self.report.outcome))
     }
 }
 
@@ -224,17 +246,18 @@ impl Report for Undone<'_> {
 }
 
 /// The snapshot meant by what was typed.
-fn snapshot(arguments: &Arguments) -> Result<Option<Guid>, Error> {
+fn snapshot(arguments: &Arguments, disk: &Path) -> Result<Option<Guid>, Error> {
     let Some(text) = &arguments.snapshot else { return Ok(None) };
     if text != "base" {
         return text.parse().map(Some);
     }
-    let folder = match arguments.disk.is_dir() {
-        true => arguments.disk.clone(),
-        false => arguments.disk.parent().map_or_else(PathBuf::new, PathBuf::from),
+    let folder = match disk.is_dir() {
+        true => disk.to_path_buf(),
+        false => disk.parent().map_or_else(PathBuf::new, PathBuf::from),
     };
     let folder = if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder };
-    let descriptor = DiskDescriptor::load(&DirectoryFolder::open(&folder)?, Some(&folder))?;
+    let described = Described::load(&DirectoryFolder::open(&folder)?, Some(&folder), false)?;
+    let descriptor = described.first();
     let chain = descriptor.chain_for(descriptor.top_guid())?;
     Ok(chain.first().map(|base| base.guid()))
 }
@@ -251,12 +274,12 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
             ),
         ));
     }
-    let is_bundle =
-        arguments.disk.is_dir() || arguments.disk.file_name().is_some_and(|name| name == DESCRIPTOR_NAME);
+    let disk = followed(&arguments.disk)?;
+    let is_bundle = disk.is_dir() || disk.file_name().is_some_and(|name| name == DESCRIPTOR_NAME);
     let cluster = arguments.cluster.unwrap_or(Sectors(CLUSTER_SECTORS_DEFAULT));
     let options = CheckOptions {
-        path: arguments.disk.clone(),
-        snapshot: snapshot(arguments)?,
+        path: disk.clone(),
+        snapshot: snapshot(arguments, &disk)?,
         force: arguments.force || arguments.hard_force || arguments.repair || arguments.fill_holes,
         read_only: arguments.read_only,
         // As mounting does.

@@ -137,6 +137,7 @@ pub(crate) fn carry_out(wishes: &Wishes<'_>, job: &Job, output: &Output) -> Resu
         return Err(not_mounted(wishes.disk));
     }
     let request = open::resolve(&Wanted { disks: vec![wishes.disk.to_owned()], ..Wanted::default() })?;
+    open::oddities_of(&request)?.1.iter().for_each(|text| output.warn(text));
     let path = request.descriptor.or_else(|| request.images.into_iter().next()).unwrap_or_default();
     let report = compact(&CompactOptions { path, free_bytes }, &job.meter())?;
     Ok(Compacted { trimmed_bytes: None, report })

@@ -287,6 +287,7 @@ fn receive_disk(arguments: &Arguments, target: &Path, output: &Output) -> Outcom
     if let Some(seconds) = arguments.stall_timeout {
         options.stall_timeout = Duration::from_secs(seconds);
     }
+    open::check_new_file("copy", target)?;
     let mut destination = NewImage { path: target, options: wanted_image(arguments)? };
     // Two sets of bars on one terminal would draw over each other; the sender has one.
     let progress = output.is_json().then(|| Progress::new(output));
@@ -363,7 +364,11 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
     }
     let cancel = Cancel::new()?;
     signals::cancel(&cancel)?;
+    if let Some(target) = target {
+        open::check_new_file("copy", target)?;
+    }
     let from = Origin::find(source)?;
+    from.warn(output);
     let progress = Progress::new(output);
     let (link, peer) = match (target, &arguments.to) {
         (Some(target), _) => {
@@ -448,7 +453,25 @@ enum Origin {
 }
 
 impl Origin {
+    /// Says what is odd about the disk, and that what decrypts it does not go with a copy.
+    fn warn(&self, output: &Output) {
+        let request = match self {
+            Self::Served(state, _) => &state.open,
+            Self::Closed(request) => request,
+        };
+        // Whoever opens it tells what is wrong with the descriptor.
+        let Ok((encryption, warnings)) = open::oddities_of(request) else { return };
+        warnings.iter().for_each(|text| output.warn(text));
+        if encryption.is_some() {
+            output.warn(
+                "the copy will be ciphertext as well, and what its key is found by stands in DiskDescriptor.xml, which is not \
+                 copied: keep the descriptor of the source",
+            );
+        }
+    }
+
     fn find(source: &Path) -> Result<Self> {
+        let source = &open::followed(source)?;
         let runtime = Runtime::of_user()?;
         if let Some(state) = runtime.find(source)? {
             let entry = runtime.entry(&state.id);

@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use ploop_core::error::shown;
 use ploop_core::ops::export::{ExportOptions, ExportReport, export, export_to};
 use ploop_core::ops::open::Which;
 use ploop_core::units::Sectors;
@@ -38,9 +39,9 @@ pub(crate) struct Arguments {
     #[arg(short = 'u', long = "uuid", value_name = "UUID", value_parser = guid_or_word)]
     snapshot: Option<String>,
 
-    /// Format of the new file
-    #[arg(long = "format", value_name = "FORMAT", default_value = "raw")]
-    format: DiskFormat,
+    /// Format of the new file; by default what its name ends with (.qcow2, .vmdk, .vdi, .vhdx, .vhd, .qed), else raw
+    #[arg(long = "format", value_name = "FORMAT")]
+    format: Option<DiskFormat>,
 
     /// Options of that format, as cluster_size=64K,compat=v3; may be repeated. Those that name files are refused
     #[arg(short = 'o', value_name = "NAME=VALUE,...")]
@@ -66,6 +67,14 @@ pub(crate) struct Arguments {
     #[arg(long)]
     no_verify: bool,
 
+    /// Take images that lie outside of the bundle, as a linked clone has them, from this folder; may be repeated
+    #[arg(long = "allow-parent", value_name = "DIR")]
+    parents: Vec<PathBuf>,
+
+    /// Take the bytes of an encrypted disk as they are, unreadable without its key
+    #[arg(long)]
+    ciphertext: bool,
+
     /// DiskDescriptor.xml or its folder, or image files, base first; then the new file, or - for stdout
     #[arg(value_name = "DISK... FILE", required = true, num_args = 2..)]
     paths: Vec<PathBuf>,
@@ -82,7 +91,7 @@ impl Report for Exported {
             .0
             .host_bytes
             .map_or_else(String::new, |bytes| format!(", {} on the host", human_bytes(bytes)));
-        writeln!(out, "{}: {}{host}", file.display(), human_bytes(self.0.disk_bytes))
+        writeln!(out, "{}: {}{host}", shown(&file), human_bytes(self.0.disk_bytes))
     }
 }
 
@@ -96,10 +105,19 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         raw_base: arguments.base == BaseFormat::Raw,
         cluster_sectors: arguments.cluster_sectors,
         snapshot: arguments.snapshot.clone(),
+        parents: arguments.parents.clone(),
     };
-    let layout = Layout::new(arguments.format, arguments.compress, &arguments.layout)?;
-    if arguments.format != DiskFormat::Raw {
-        return output.report(&Exported(other_format(&wanted, arguments, &layout, target)?));
+    let named = DiskFormat::of_name(target);
+    let format = arguments.format.or(named).unwrap_or(DiskFormat::Raw);
+    if let Some(named) = named.filter(|&named| named != format) {
+        output.warn(&format!("{} is written as {format}, though its name says {named}", shown(target)));
+    }
+    open::check_new_file("export", target)?;
+    let layout = Layout::new(format, arguments.compress, &arguments.layout)?;
+    if format != DiskFormat::Raw {
+        let report = other_format(&wanted, arguments, (format, &layout), target)?;
+        report.warnings.iter().for_each(|text| output.warn(text));
+        return output.report(&Exported(report));
     }
     let request = open::resolve(&wanted)?;
     let which = match &request.descriptor {
@@ -111,6 +129,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         snapshot: open::snapshot_of(&request)?,
         raw_cluster: open::raw_cluster_of(&request),
         read_back: !arguments.no_verify,
+        parents: request.parents.clone(),
+        ciphertext: arguments.ciphertext,
     };
     let job = Job::begin(output, limit_bytes(arguments.limit))?;
     if target != Path::new("-") {
@@ -144,10 +164,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
 fn other_format(
     wanted: &Wanted,
     arguments: &Arguments,
-    layout: &Layout,
+    (format, layout): (DiskFormat, &Layout),
     target: &Path,
 ) -> Result<ExportReport> {
-    let format = arguments.format;
     let refused = |message: String| Error::new(ErrorKind::Parameter, format!("export: {message}"));
     if target == Path::new("-") {
         return Err(refused(format!("{format} cannot be written to a pipe")).advise("give a file"));
@@ -165,6 +184,10 @@ fn other_format(
     }
     qemu::require()?;
     let request = open::resolve(wanted)?;
+    let (encryption, warnings) = open::oddities_of(&request)?;
+    if let Some(encryption) = encryption.filter(|_| !arguments.ciphertext) {
+        return Err(ploop_core::ops::open::ciphertext_refused("export", &encryption).at_path(target));
+    }
     signals::hold()?;
     let served = serving::start(request, &ServeOptions { without_device: true, ..ServeOptions::default() })?;
     let written = qemu::Unfinished::beside(target).and_then(|file| {
@@ -175,7 +198,7 @@ fn other_format(
             file: Some(target.to_path_buf()),
             disk_bytes,
             host_bytes: Some(host_bytes),
-            warnings: Vec::new(),
+            warnings,
         })
     });
     let ended = serving::end(&served);

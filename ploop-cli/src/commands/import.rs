@@ -3,8 +3,10 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use ploop_core::device::runtime::OpenRequest;
+use ploop_core::error::shown;
 use ploop_core::ops::create::{CreateOptions, CreateReport, create};
-use ploop_core::ops::import::{ImportOptions, ImportReport, Input, import, import_from};
+use ploop_core::ops::import::{ImportOptions, ImportReport, Input, import, import_disk, import_from};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
@@ -34,9 +36,14 @@ const IMAGE_NAME: &str = "root.hds";
                         /dev/fuse and qemu-img. Files that stand on others (backing files, parts) are refused."
 )]
 pub(crate) struct Arguments {
-    /// Format of the input
-    #[arg(long = "format", value_name = "FORMAT", default_value = "raw")]
-    input_format: DiskFormat,
+    /// Format of the input, if it is a file of its own; raw by default, but one that its name or first bytes call otherwise
+    /// is then refused
+    #[arg(long = "format", value_name = "FORMAT")]
+    input_format: Option<DiskFormat>,
+
+    /// The snapshot of a disk with a descriptor to import, by its GUID; base for the lowest image
+    #[arg(short = 'u', long = "uuid", value_name = "UUID")]
+    snapshot: Option<String>,
 
     /// Size of the disk, if it shall be larger than the input; saves work when the input is a pipe
     #[arg(short = 's', long = "size", value_name = "SIZE", value_parser = args::size)]
@@ -62,11 +69,20 @@ pub(crate) struct Arguments {
     #[arg(long)]
     no_verify: bool,
 
-    /// The file or block device to read, or - for stdin
+    /// Take images that lie outside of the bundle, as a linked clone has them, from this folder; may be repeated
+    #[arg(long = "allow-parent", value_name = "DIR")]
+    parents: Vec<PathBuf>,
+
+    /// Take the bytes of an encrypted disk as they are, unreadable without its key
+    #[arg(long)]
+    ciphertext: bool,
+
+    /// The file or block device to read, or - for stdin; or a disk with a descriptor, of this or another program: its folder
+    /// (NAME.hdd, NAME.pvm) or DiskDescriptor.xml
     #[arg(value_name = "FILE")]
     input: PathBuf,
 
-    /// The image to make, or a folder for it
+    /// The image to make, or a folder for it, made if its name ends with /
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 }
@@ -81,7 +97,7 @@ impl Report for Imported {
         writeln!(
             out,
             "{}: {} of {}, clusters of {}, {} on the host",
-            report.image.display(),
+            shown(&report.image),
             report.mode,
             human_bytes(report.disk_bytes),
             human_bytes(report.cluster_bytes),
@@ -94,8 +110,18 @@ fn refused(message: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::Parameter, format!("import: {message}"))
 }
 
+/// Whether a name ends with a separator: it can only mean a folder.
+fn is_folder_name(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().ends_with(b"/")
+}
+
 /// Folder and name of the new image.
 fn place(image: &Path) -> Result<(PathBuf, String)> {
+    if is_folder_name(image) && !image.exists() {
+        std::fs::create_dir(image).map_err(|cause| {
+            Error::io(ErrorKind::MakeFolder, "import: make the folder of the new disk", cause).at_path(image)
+        })?;
+    }
     if image.is_dir() {
         return Ok((image.to_path_buf(), IMAGE_NAME.to_owned()));
     }
@@ -109,6 +135,11 @@ fn place(image: &Path) -> Result<(PathBuf, String)> {
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    let source = disk_of(arguments)?;
+    if source.is_none() {
+        check_format(arguments)?;
+    }
+    open::check_new_file("import", &arguments.image)?;
     let (folder, file) = place(&arguments.image)?;
     let options = ImportOptions {
         disk: arguments.size,
@@ -118,8 +149,15 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         read_back: !arguments.no_verify,
         ..ImportOptions::new(folder, file)
     };
-    if arguments.input_format != DiskFormat::Raw {
-        return output.report(&Imported(other_format(&options, arguments)?));
+    if let Some(request) = source {
+        let job = Job::begin(output, limit_bytes(arguments.limit))?;
+        let disk = open::options_of(&request)?;
+        let (report, warnings) = import_disk(&options, &disk, arguments.ciphertext, &job.meter())?;
+        warnings.iter().for_each(|text| output.warn(text));
+        return output.report(&Imported(report));
+    }
+    if let Some(format) = arguments.input_format.filter(|&format| format != DiskFormat::Raw) {
+        return output.report(&Imported(other_format(&options, arguments, format)?));
     }
     let job = Job::begin(output, limit_bytes(arguments.limit))?;
     let report = if arguments.input == Path::new("-") {
@@ -131,9 +169,58 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     output.report(&Imported(report))
 }
 
+/// The disk with a descriptor that the input is, if it is one.
+fn disk_of(arguments: &Arguments) -> Result<Option<OpenRequest>> {
+    let input = open::followed(&arguments.input)?;
+    let is_disk = input.is_dir() || input.file_name().is_some_and(|name| name == open::DESCRIPTOR_NAME);
+    if !is_disk {
+        if arguments.snapshot.is_some() || !arguments.parents.is_empty() || arguments.ciphertext {
+            let message = "-u, --allow-parent and --ciphertext are for a disk with a descriptor";
+            return Err(refused(message).at_path(&arguments.input));
+        }
+        return Ok(None);
+    }
+    if let Some(format) = arguments.input_format {
+        return Err(refused(format!("a disk with a descriptor is not in the format {format}"))
+            .at_path(&arguments.input)
+            .advise("leave --format out"));
+    }
+    open::resolve(&Wanted {
+        disks: vec![input],
+        read_only: true,
+        snapshot: arguments.snapshot.clone(),
+        parents: arguments.parents.clone(),
+        ..Wanted::default()
+    })
+    .map(Some)
+}
+
+/// Refuses to take a file for the bytes of a disk that its name or its first bytes call something else. Nothing is opened
+/// by them: what a guest may have written decides no format.
+fn check_format(arguments: &Arguments) -> Result<()> {
+    if arguments.input_format.is_some() {
+        return Ok(());
+    }
+    let input = &arguments.input;
+    let looks_like = match DiskFormat::of_name(input) {
+        Some(format) => Some(format.to_string()),
+        None => qemu::signature_of(input).map(str::to_owned),
+    };
+    match looks_like.filter(|format| format != "raw") {
+        None => Ok(()),
+        Some(format) => Err(refused(format!("this looks like a file of the format {format}, and --format does not say so"))
+            .at_path(input)
+            .advise(match format.as_str() {
+                "ploop" => "import the disk by its DiskDescriptor.xml or folder (restore-descriptor makes one); or --format raw, \
+                            if these bytes are really a disk"
+                    .to_owned(),
+                format => format!("--format {format}; or --format raw, if these bytes are really a disk"),
+            })),
+    }
+}
+
 /// Through `qemu-img`, into the new disk served by this program.
-fn other_format(options: &ImportOptions, arguments: &Arguments) -> Result<ImportReport> {
-    let format = arguments.input_format;
+fn other_format(options: &ImportOptions, arguments: &Arguments, format: DiskFormat) -> Result<ImportReport> {
     if arguments.input == Path::new("-") {
         return Err(refused(format!("{format} cannot be read from a pipe")).advise("give a file"));
     }

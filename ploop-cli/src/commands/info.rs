@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use ploop_core::device::runtime::{Runtime, State};
+use ploop_core::error::{one_line, shown};
 use ploop_core::format::DESCRIPTOR_NAME;
 use ploop_core::ops::info::{InfoOptions, InfoReport, info};
 use ploop_core::units::SECTOR_BYTES;
@@ -12,7 +13,7 @@ use serde::Serialize;
 
 use crate::disk_bytes::ShownDisk;
 use crate::exit::Outcome;
-use crate::open::{self, Wanted};
+use crate::open::{self, Wanted, followed};
 use crate::output::{Output, Report, human_bytes};
 use crate::partition_table::{self, Table};
 use crate::resize_plan::Closed;
@@ -32,6 +33,10 @@ pub(crate) struct Arguments {
     /// A disk that is served, by its block device
     #[arg(short = 'd', long = "device", value_name = "DEVICE", conflicts_with = "disk")]
     device: Option<PathBuf>,
+
+    /// Take images that lie outside of the bundle, as a linked clone has them, from this folder; may be repeated
+    #[arg(long = "allow-parent", value_name = "DIR")]
+    parents: Vec<PathBuf>,
 
     /// The DiskDescriptor.xml of the disk, its folder or its image file; of a running one also its device or mount point
     #[arg(value_name = "DISK", default_value = "DiskDescriptor.xml")]
@@ -72,7 +77,7 @@ impl Report for Whole<'_> {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
         let disk = self.disk;
         if let Some(descriptor) = &disk.descriptor {
-            writeln!(out, "descriptor:  {}", descriptor.display())?;
+            writeln!(out, "descriptor:  {}", shown(&descriptor))?;
         }
         let sectors = disk.disk_bytes / SECTOR_BYTES;
         writeln!(out, "size:        {} ({sectors} sectors)", human_bytes(disk.disk_bytes))?;
@@ -83,6 +88,16 @@ impl Report for Whole<'_> {
         match disk.version {
             Some(version) => writeln!(out, "format:      {}, version {version}", disk.mode)?,
             None => writeln!(out, "format:      {}", disk.mode)?,
+        }
+        if disk.storages > 1 {
+            writeln!(
+                out,
+                "split:       into {} storages: it can be read, not changed (ploop import)",
+                disk.storages
+            )?;
+        }
+        if let Some(encryption) = &disk.encryption {
+            writeln!(out, "encrypted:   {encryption}")?;
         }
         let state = match (disk.open_by_program, disk.in_use) {
             (true, _) => "in use by a program",
@@ -107,7 +122,9 @@ impl Report for Whole<'_> {
             writeln!(
                 out,
                 "image:     {current} {guid} {} ({} long, {} on the host)",
-                image.file, lengths.0, lengths.1
+                one_line(&image.file),
+                lengths.0,
+                lengths.1
             )?;
             writeln!(
                 out,
@@ -149,7 +166,7 @@ fn names_files(path: &Path) -> bool {
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
-    let named = arguments.device.as_ref().unwrap_or(&arguments.disk);
+    let named = &followed(arguments.device.as_ref().unwrap_or(&arguments.disk))?;
     // Of a running disk its server knows more than the files: what is not in the table yet. Whether it runs is an
     // extra: a user without a run-time folder has mounted nothing.
     let runtime = Runtime::of_user();
@@ -172,7 +189,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         }
         _ => named.clone(),
     };
-    let mut report = info(&InfoOptions { path: path.clone() })?;
+    let parents = arguments.parents.clone();
+    let mut report = info(&InfoOptions { path: path.clone(), parents })?;
+    report.warnings.iter().for_each(|text| output.warn(text));
     if let (Ok(runtime), Some(state)) = (&runtime, &served)
         && state.open.snapshot.is_none()
         && let Ok(Status { space: Some(space), .. }) = serving::status_of(&runtime.entry(&state.id))

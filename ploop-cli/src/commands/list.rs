@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use ploop_core::device::runtime::{Runtime, State};
+use ploop_core::error::shown;
 use ploop_server::holders::{Holders, Mounted, OtherUse, printable};
 use serde::Serialize;
 
@@ -101,9 +102,8 @@ struct Lines {
 impl Report for Lines {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
         for line in &self.disks {
-            let device =
-                line.device.as_ref().map_or_else(|| "-".into(), |device| device.display().to_string());
-            write!(out, "{device:<12} {}", line.disk.display())?;
+            let device = line.device.as_ref().map_or_else(|| "-".into(), |device| shown(&device));
+            write!(out, "{device:<12} {}", shown(&line.disk))?;
             for point in &line.mount_points {
                 write!(out, " {}", printable(Path::new(point)))?;
             }

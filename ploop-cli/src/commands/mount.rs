@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use clap::ValueEnum;
 use ploop_core::device::runtime::PartitionRange;
+use ploop_core::error::shown;
 use ploop_core::format::Guid;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
@@ -91,6 +92,10 @@ pub(crate) struct Arguments {
     #[arg(long)]
     allow_reclaim_stall: bool,
 
+    /// Take images that lie outside of the bundle, as a linked clone has them, from this folder; may be repeated. With -r
+    #[arg(long = "allow-parent", value_name = "DIR")]
+    parents: Vec<PathBuf>,
+
     /// DiskDescriptor.xml or its folder, or image files, base first
     #[arg(value_name = "DISK", required = true)]
     disks: Vec<PathBuf>,
@@ -120,7 +125,7 @@ pub(crate) struct Mounted {
 
 impl Report for Mounted {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
-        writeln!(out, "{}", self.device.display())
+        writeln!(out, "{}", shown(&self.device))
     }
 }
 
@@ -147,6 +152,7 @@ impl Arguments {
             whole_disk: false,
             threads: 1,
             allow_reclaim_stall: false,
+            parents: Vec::new(),
             disks: vec![disk],
         }
     }
@@ -175,7 +181,12 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
         raw_base: arguments.format == BaseFormat::Raw,
         cluster_sectors: arguments.cluster_sectors,
         snapshot: arguments.snapshot.clone(),
+        parents: arguments.parents.clone(),
     })?;
+    if arguments.mount_point.is_some() || arguments.check {
+        open::refuse_encrypted(&request, "mount its file system")?;
+    }
+    open::oddities_of(&request)?.1.iter().for_each(|text| output.warn(text));
     let mount_point = arguments.mount_point.as_deref().map(check_mount_point).transpose()?;
     let served = serving::start(
         request,
@@ -279,7 +290,7 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only
     if status != 0 {
         return Err(Error::new(
             ErrorKind::Mount,
-            format!("mount {} at {}: {}", device.display(), point.display(), text.trim()),
+            format!("mount {} at {}: {}", shown(&device), shown(&point), text.trim()),
         )
         .advise("see the last lines of dmesg; -F checks the file system first, -t names its type"));
     }
@@ -299,7 +310,7 @@ fn check_file_system(device: &Path, arguments: &Arguments, read_only: bool) -> R
     if status & !1 != 0 {
         return Err(Error::new(
             ErrorKind::FileSystemCheck,
-            format!("check the file system on {}: exit code {status}: {}", device.display(), text.trim()),
+            format!("check the file system on {}: exit code {status}: {}", shown(&device), text.trim()),
         )
         .advise("mount without -m and -F and repair it by hand: fsck DEVICE"));
     }

@@ -23,6 +23,7 @@ use crate::args;
 use crate::disk_bytes::{DiskBytes, ShownDisk};
 use crate::exit::Outcome;
 use crate::inner_size::{self, Inner};
+use crate::open;
 use crate::output::{Output, Report, human_bytes};
 use crate::partition_table::{self, Partition, Table};
 use crate::repartition;
@@ -128,8 +129,14 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     refuse_what_is_not_there(arguments)?;
     let done = match sizing::find(&arguments.disk, false)? {
         Target::Served(served) if arguments.offline => return Err(in_use(&served, &arguments.disk).into()),
-        Target::Served(served) => served_disk(arguments, &served, output)?,
-        Target::Closed(request) => closed_disk(arguments, &request, output)?,
+        Target::Served(served) => {
+            open::refuse_encrypted(&served.state.open, "resize what is inside")?;
+            served_disk(arguments, &served, output)?
+        }
+        Target::Closed(request) => {
+            open::refuse_encrypted(&request, "resize what is inside")?;
+            closed_disk(arguments, &request, output)?
+        }
     };
     let left_alone = done.plan.inner.is_none() && !done.plan.content.is_nothing();
     output.report(&Resized {

@@ -171,6 +171,10 @@ fn begin(entry: &Entry, keeper: Connection, survivor: &Survivor, output: &Output
     };
     let opened = open::open(&request)?;
     opened.report.warnings.iter().for_each(|text| output.warn(text));
+    if request.read_only && opened.chain.storage(opened.chain.top()).descriptor().is_none() {
+        // Parts of a split disk, joined: nothing is ever written. Its files are not held, so it has no successor (K1).
+        return Ok(Ground { chain: opened.chain, request, folder });
+    }
     if let Some(folder) = &folder
         && held::named_in(folder, request.snapshot.as_deref())? != open::identities_of(&opened.chain)?
     {

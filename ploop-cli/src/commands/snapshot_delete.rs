@@ -46,12 +46,18 @@ impl Report for Deleted {
         if self.0["marked"].as_bool() == Some(true) {
             writeln!(out, "marked: it goes as soon as only one state stands on it")?;
         }
+        if let Some(copy) = self.0["descriptor_copy"].as_str() {
+            writeln!(out, "dropped from the descriptor; the former one is kept as {copy}")?;
+        }
         Ok(())
     }
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let target = Target::find(&arguments.disk)?;
+    if target.served.is_some() && target.load()?.is_dead(arguments.snapshot) {
+        target.need_closed("drop a snapshot without image")?;
+    }
     let job = Job::begin(output, arguments.limit)?;
     let report = match &target.served {
         Some((entry, _)) => snapshot_service::ask_delete(entry, &arguments.snapshot.to_string(), &job)?,

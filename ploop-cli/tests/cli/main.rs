@@ -6,6 +6,7 @@ mod check;
 mod compat;
 mod end_to_end;
 mod errors;
+mod foreign;
 mod forms;
 mod hostile;
 mod originals;

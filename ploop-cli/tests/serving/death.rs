@@ -175,7 +175,7 @@ fn a_server_that_dies_too_often_is_given_up_with_everything_saved() {
     drop(direct);
     let told = ground.ends_with(2, &["umount", text(&image)]);
     assert!(told.contains("every acknowledged write is in the image"), "{told}");
-    let info = ops::info(&ops::InfoOptions { path: image.clone() }).unwrap();
+    let info = ops::info(&ops::InfoOptions::new(&image)).unwrap();
     let info = serde_json::to_string(&info).unwrap();
     assert!(!info.contains("not closed"), "{info}");
     let device = ground.mount(&["-n", "-r", text(&image)]);

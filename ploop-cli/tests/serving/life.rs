@@ -39,7 +39,7 @@ fn a_file_system_lives_through_unmount_and_mount() {
     ground.ends_with(0, &["umount", "-m", text(&point)]);
 
     // Everything is in the image, which is closed.
-    ops::info(&ops::InfoOptions { path: image.clone() }).unwrap();
+    ops::info(&ops::InfoOptions::new(&image)).unwrap();
     let device = ground.mount(&["-r", "-m", text(&point), text(&image)]);
     for number in 0..200_u32 {
         let content: Vec<u8> = number.to_le_bytes().repeat(1000 + number as usize * 40);

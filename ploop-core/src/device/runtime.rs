@@ -108,6 +108,9 @@ pub struct OpenRequest {
     pub cluster_sectors: Option<u64>,
     /// Nothing may be changed.
     pub read_only: bool,
+    /// Folders that images outside of the bundle may be taken from, absolute; read-only disks alone have any.
+    #[serde(default)]
+    pub parents: Vec<PathBuf>,
 }
 
 /// The partition that the loop device shows.

@@ -7,7 +7,7 @@
 //! Invariants of a value that was read or built here:
 //!
 //! * at least one image; every GUID occurs once among the images and once among the shots; each image has its shot
-//!   and each shot its image; the top is one of them and not temporary (but for volumes with a parent in another
+//!   and each shot its image (those without are set aside, `dead.rs`); the top is one of them and not temporary (but for volumes with a parent in another
 //!   folder, which are kept and written but give no chain);
 //! * every file name is one component, or a folder of the bundle and one component (threat rule M4), no file occurs
 //!   twice, and none is the descriptor itself.
@@ -23,7 +23,8 @@ use crate::units::Sectors;
 use super::geometry::{CLUSTER_SECTORS_READ_MAX, Geometry, cylinders_and_heads};
 pub use super::guid::Guid;
 use super::xml::Node;
-use document::file_name;
+use dead::Dead;
+use names::file_name;
 
 /// The name of every descriptor.
 pub const DESCRIPTOR_NAME: &str = "DiskDescriptor.xml";
@@ -70,6 +71,8 @@ pub struct Image {
     guid: Guid,
     kind: ImageKind,
     file: String,
+    /// It lies outside of the bundle: `file` is the path that the descriptor has.
+    outside: bool,
     rest: Rest,
 }
 
@@ -87,6 +90,12 @@ impl Image {
     /// The file, relative to the descriptor's folder: `NAME` or `FOLDER/NAME`.
     pub fn file(&self) -> &str {
         &self.file
+    }
+
+    /// Whether the file lies outside of the bundle, and [`file`](Self::file) is a path that nobody follows by itself.
+    /// Only where the reader of the descriptor asked for such images.
+    pub fn is_outside(&self) -> bool {
+        self.outside
     }
 
     /// The sub-folder, if the file lies in one, and the name in it.
@@ -183,6 +192,10 @@ pub struct DiskDescriptor {
     obsolete: Vec<String>,
     /// The states whose files those were.
     gone: Vec<Guid>,
+    /// Entries without a counterpart.
+    dead: Dead,
+    /// What was done to find the images.
+    notes: Vec<String>,
     rest: RestOf,
 }
 
@@ -217,6 +230,7 @@ impl DiskDescriptor {
                 guid: Guid::TOP,
                 kind,
                 file: file_name(file)?.to_owned(),
+                outside: false,
                 rest: Rest::default(),
             }],
             shots: vec![Shot {
@@ -229,6 +243,8 @@ impl DiskDescriptor {
             volume: None,
             obsolete: Vec::new(),
             gone: Vec::new(),
+            dead: Dead::default(),
+            notes: Vec::new(),
             rest: RestOf::default(),
         };
         descriptor.set_disk_sectors(disk)?;
@@ -253,7 +269,7 @@ impl DiskDescriptor {
 
     fn validate(&self) -> Result<()> {
         let mut files = BTreeSet::new();
-        for image in &self.images {
+        for image in self.images.iter().chain(&self.dead.images) {
             if !files.insert(&image.file) {
                 return Err(wrong(format!("the file {:?} belongs to two images", image.file)));
             }
@@ -275,9 +291,16 @@ impl DiskDescriptor {
         if images.is_empty() {
             return Err(wrong("no <Image>"));
         }
+        // All others without a counterpart are set aside: this one is the disk.
+        if images.contains(&self.top) != shots.contains(&self.top) {
+            let (has, lacks) = if images.contains(&self.top) { ("Image", "Shot") } else { ("Shot", "Image") };
+            return Err(wrong(format!("the <{has}> {}, the current state, has no <{lacks}>", self.top)).advise(
+                "restore the descriptor (there may be a copy, DiskDescriptor.xml.Backup); or read what is there by its \
+                 image files, base first",
+            ));
+        }
         if let Some(lonely) = images.symmetric_difference(&shots).next() {
-            let (has, lacks) = if images.contains(lonely) { ("Image", "Shot") } else { ("Shot", "Image") };
-            return Err(wrong(format!("the <{has}> {lonely} has no <{lacks}>")));
+            return Err(wrong(format!("{lonely} is an image or a snapshot, not both")));
         }
         let top = self.shots.iter().find(|shot| shot.guid == self.top);
         match top.map(|shot| shot.transition) {
@@ -287,6 +310,11 @@ impl DiskDescriptor {
             }
             Some(None) => Ok(()),
         }
+    }
+
+    /// What was done to find the images where the descriptor does not name them rightly, in words.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Size of the disk.
@@ -464,8 +492,14 @@ fn unique(element: &str, guids: impl Iterator<Item = Guid>) -> Result<BTreeSet<G
     Ok(seen)
 }
 
+mod dead;
 mod document;
+mod foreign;
+#[cfg(test)]
+mod foreign_tests;
 mod layout;
+mod names;
+mod split;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -473,5 +507,9 @@ mod verbs;
 #[cfg(test)]
 mod verbs_tests;
 
+pub use foreign::Encryption;
+pub(crate) use names::Names;
+pub(crate) use split::refused as split_refused;
+pub use split::{Described, Part, SplitDescriptor};
 pub use tree::TreeState;
 pub use verbs::{MergeInto, image_name};

@@ -5,25 +5,47 @@
 //! durable every file that the new one names *before*. A temporary file that a crash leaves behind is never adopted.
 
 use std::io;
+use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Access, Folder, Storage, StorageExt, ownership};
 use crate::mutant::{self, Mutant};
 
-use super::descriptor::{DESCRIPTOR_NAME, DiskDescriptor};
+use super::descriptor::{DESCRIPTOR_NAME, Described, DiskDescriptor, Names};
 use super::guid::Guid;
 use super::xml::DOCUMENT_BYTES_MAX;
 
 /// What the names of our temporary descriptors begin with.
 pub const TEMPORARY_PREFIX: &str = "DiskDescriptor.xml.tmp.";
 
+impl Described {
+    /// Reads the descriptor of the bundle in `folder`, of a whole or of a split disk. `path` is that folder's, for absolute
+    /// names written by old tools, and for messages. With `outside`, names that lead out of the bundle are kept
+    /// ([`Image::is_outside`](super::Image::is_outside)) and not refused.
+    pub fn load(folder: &dyn Folder, path: Option<&Path>, outside: bool) -> Result<Self> {
+        Self::read(folder, path, outside)
+            .map_err(|error| error.at_path(path.unwrap_or(Path::new("")).join(DESCRIPTOR_NAME)))
+    }
+
+    fn read(folder: &dyn Folder, path: Option<&Path>, outside: bool) -> Result<Self> {
+        let bytes = read_document(folder, DESCRIPTOR_NAME)?;
+        let real = folder.real_path();
+        let is_there = |name: &str| match name.split_once('/') {
+            None => folder.exists(name).unwrap_or(false),
+            Some((inner, name)) => {
+                folder.open_folder(inner).is_ok_and(|inner| inner.exists(name).unwrap_or(false))
+            }
+        };
+        Self::parse(&bytes, &Names { folder: real.as_deref().or(path), is_there: &is_there, outside })
+    }
+}
+
 impl DiskDescriptor {
     /// Reads the descriptor of the bundle in `folder`. `path` is that folder's, for absolute names written by old
     /// tools, and for messages; without it the folder itself says where it is.
-    pub fn load(folder: &dyn Folder, path: Option<&std::path::Path>) -> Result<Self> {
-        read_document(folder, DESCRIPTOR_NAME)
-            .and_then(|bytes| Self::parse_in(&bytes, folder.real_path().as_deref().or(path)))
-            .map_err(|error| error.at_path(path.unwrap_or(std::path::Path::new("")).join(DESCRIPTOR_NAME)))
+    pub fn load(folder: &dyn Folder, path: Option<&Path>) -> Result<Self> {
+        let whole = || Described::read(folder, path, false)?.whole();
+        whole().map_err(|error| error.at_path(path.unwrap_or(Path::new("")).join(DESCRIPTOR_NAME)))
     }
 
     /// Replaces the descriptor of the bundle in `folder` by this one, or makes the first one; it is durable when this
@@ -87,6 +109,21 @@ impl DiskDescriptor {
         write_temporary(folder, name, &bytes, replace)
             .map_err(|error| remove_temporary(folder, name, error).at_path(DESCRIPTOR_NAME))
     }
+}
+
+/// What the names of copies begin with that are kept when something of a descriptor is given up.
+const COPY_PREFIX: &str = "DiskDescriptor.xml.saved.";
+
+/// Makes a copy of the descriptor in `folder`, byte for byte and durable, beside it; its name.
+pub fn keep_copy(folder: &dyn Folder) -> Result<String> {
+    let bytes = read_document(folder, DESCRIPTOR_NAME)?;
+    let name = format!("{COPY_PREFIX}{}", Guid::random().to_string().trim_matches(['{', '}']));
+    write_temporary(folder, &name, &bytes, Replace::Always)
+        .map_err(|error| remove_temporary(folder, &name, error).at_path(&name))?;
+    folder.sync().map_err(|error| {
+        Error::io(ErrorKind::Sync, "copy descriptor: sync the folder", error).at_path(&name)
+    })?;
+    Ok(name)
 }
 
 /// A descriptor that is durable under a temporary name; see [`DiskDescriptor::stage`].

@@ -45,8 +45,8 @@ pub use chain::{Chain, ChainOptions, Mapping, PreparedWrite, Source, WriteTarget
 pub use commit::CommitPlan;
 pub use delta::{CreateOptions, Probe, RepairSummary, create_image, examine, probe};
 pub use descriptor::{
-    DESCRIPTOR_NAME, DiskDescriptor, Image, ImageKind, MergeInto, Mode, Shot, Transition, TreeState,
-    image_name,
+    DESCRIPTOR_NAME, Described, DiskDescriptor, Encryption, Image, ImageKind, MergeInto, Mode, Part, Shot,
+    SplitDescriptor, Transition, TreeState, image_name,
 };
 pub use geometry::{Geometry, Version};
 pub use guid::Guid;

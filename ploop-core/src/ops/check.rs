@@ -15,14 +15,16 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::survey::Survey;
-use crate::format::{DESCRIPTOR_NAME, DiskDescriptor, Geometry, Guid, Image, InUse, Version};
+use crate::format::{
+    DESCRIPTOR_NAME, Described, DiskDescriptor, Geometry, Guid, Image, InUse, Probe, Version, probe,
+};
 use crate::io::file::{self, DirectoryFolder};
 use crate::io::lock::{ImageLock, Ownership, shared_by_clones};
 use crate::io::{Access, Folder, Storage, StorageExt};
 use crate::ops::Progress;
 use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use crate::ops::image_files::is_shared;
-use crate::ops::open::{Bundle, Place, place};
+use crate::ops::open::{Bundle, Place, ReadBundle, place};
 use crate::ops::repair::undo_file::UndoFile;
 use crate::ops::repair::{self, RepairReport, UndoReport};
 use crate::units::{FileCluster, Sectors};
@@ -144,6 +146,9 @@ pub struct CheckReport {
     pub findings: Findings,
     /// Its images.
     pub images: Vec<ImageCheck>,
+    /// What is odd about the descriptor, though it is no fault of the disk: encryption, a suspended machine, where images were
+    /// found.
+    pub notes: Vec<String>,
     /// Left-over files that were removed.
     pub files_removed: Vec<String>,
     /// The exit code that says so: 0, 7, 11, 37, 38 or 39.
@@ -192,6 +197,12 @@ pub fn check(options: &CheckOptions, progress: &dyn Progress) -> Result<CheckRep
     match place(&options.path)? {
         Place::Bundle(path) => {
             let descriptor = path.join(DESCRIPTOR_NAME);
+            let reading = ReadBundle::open(&path, false)?;
+            if let Described::Split(split) = &reading.described {
+                let report = bundle::check_split(&reading.folder, split, &path, options, progress)?;
+                return Ok(CheckReport { descriptor: Some(descriptor), ..report });
+            }
+            drop(reading);
             let _lock = lock(&descriptor, options)?;
             let bundle = Bundle::open(&path)?;
             let mut report = bundle::check_bundle(&bundle, &path, options, progress)?;
@@ -206,6 +217,7 @@ pub fn check(options: &CheckOptions, progress: &dyn Progress) -> Result<CheckRep
         Place::Image(path) => {
             let (folder, name, _lock) = folder_of(&path, options)?;
             let standing = standing_of(&folder, &name);
+            refuse_other_file(&folder, &name, &options.path, options)?;
             let image = check_in(&folder, &name, &options.path, standing, options, progress)?;
             Ok(conclude(Findings::default(), vec![image], Vec::new(), options))
         }
@@ -247,6 +259,31 @@ fn standing_of(folder: &DirectoryFolder, name: &str) -> Standing {
         }
         Err(_) if matches!(folder.exists(DESCRIPTOR_NAME), Ok(false)) => Standing::Top,
         Err(_) => Standing::Frozen,
+    }
+}
+
+/// Refuses a file that has nothing of an image and that no descriptor beside it calls one: there is nothing to check, and
+/// nothing to repair. An image that has lost its header is in its descriptor.
+fn refuse_other_file(
+    folder: &DirectoryFolder,
+    name: &str,
+    path: &Path,
+    options: &CheckOptions,
+) -> Result<()> {
+    let described = folder.exists(DESCRIPTOR_NAME).unwrap_or(true);
+    if described || options.raw_cluster.is_some() {
+        return Ok(());
+    }
+    let storage = Folder::open(folder, name, Access::ReadOnly)
+        .map_err(|error| file::explain(error, ErrorKind::Open, "open", path))?;
+    match probe(&storage) {
+        Ok(Probe::NotAnImage) => Err(Error::new(ErrorKind::Parameter, "check: this is not a disk image")
+            .at_path(path)
+            .advise(
+                "nothing was changed; -R checks the file as a raw disk, `ploop import --format FORMAT` reads those of other \
+                 programs",
+            )),
+        _ => Ok(()),
     }
 }
 
@@ -589,6 +626,7 @@ fn conclude(
         outcome,
         findings,
         images,
+        notes: Vec::new(),
         files_removed,
         exit_code: failure.map_or(0, ErrorKind::exit_code),
     }

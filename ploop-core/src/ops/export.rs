@@ -19,7 +19,7 @@ use crate::io::{Access, BufferPool, Folder, IoBuf, Storage};
 use crate::units::Sectors;
 
 use super::convert::{fill_new, verify_new};
-use super::open::{OpenOptions, Which, open};
+use super::open::{OpenOptions, Which, open, refuse_ciphertext};
 use super::placing::place_file;
 use super::progress::Progress;
 use super::transfer::{self, ChainContent, Content, PIECE_BYTES, Pipeline};
@@ -38,12 +38,23 @@ pub struct ExportOptions {
     pub raw_cluster: Option<Sectors>,
     /// What was written into a file is read back and compared.
     pub read_back: bool,
+    /// Folders that images outside of the bundle may be taken from; see [`OpenOptions::parents`].
+    pub parents: Vec<PathBuf>,
+    /// The bytes of an encrypted disk are wanted as they are; else that is refused.
+    pub ciphertext: bool,
 }
 
 impl ExportOptions {
     /// The current state of the disk at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { which: Which::Path(path.into()), snapshot: None, raw_cluster: None, read_back: true }
+        Self {
+            which: Which::Path(path.into()),
+            snapshot: None,
+            raw_cluster: None,
+            read_back: true,
+            parents: Vec::new(),
+            ciphertext: false,
+        }
     }
 }
 
@@ -66,8 +77,12 @@ fn open_chain(options: &ExportOptions) -> Result<(Arc<Chain>, Vec<String>)> {
         snapshot: options.snapshot,
         raw_cluster: options.raw_cluster,
         block_device: matches!(options.which, Which::Files(_)),
+        parents: options.parents.clone(),
         ..OpenOptions::new("", Access::ReadOnly)
     })?;
+    if !options.ciphertext {
+        refuse_ciphertext(&opened.report, "export")?;
+    }
     Ok((opened.chain, opened.report.warnings))
 }
 

@@ -26,6 +26,7 @@ use crate::units::Sectors;
 use super::convert::{fill_new, verify_new};
 use super::create::version_number;
 use super::descriptor_lock::{DescriptorLock, lock_timeout};
+use super::open::{ChainStorage, OpenOptions, open, refuse_ciphertext};
 use super::plan::{self, Plan};
 use super::progress::Progress;
 use super::transfer::{self, Pipeline, StorageContent};
@@ -111,6 +112,24 @@ pub fn import(options: &ImportOptions, input: &Path, progress: &dyn Progress) ->
         Err(_) => Arc::new(storage),
     };
     import_from(options, Input::Storage(source, len), progress)
+}
+
+/// Makes a disk of the state that `source` opens: the bundle of another program, whole or split, or images; read-only
+/// whatever its access. With `ciphertext`, an encrypted one is taken as it is, else refused with
+/// [`ErrorKind::Parameter`]. Second, what is odd about it.
+pub fn import_disk(
+    options: &ImportOptions,
+    source: &OpenOptions,
+    ciphertext: bool,
+    progress: &dyn Progress,
+) -> Result<(ImportReport, Vec<String>)> {
+    let opened = open(&OpenOptions { access: Access::ReadOnly, ..source.clone() })?;
+    if !ciphertext {
+        refuse_ciphertext(&opened.report, "import")?;
+    }
+    let storage = Arc::new(ChainStorage::new(vec![opened.chain]));
+    let report = import_from(options, Input::Storage(storage, opened.report.disk_bytes), progress)?;
+    Ok((report, opened.report.warnings))
 }
 
 /// Makes a disk of an input that is open already.

@@ -11,11 +11,13 @@ use serde::Serialize;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::ENTRY_BYTES;
 use crate::format::header::HEADER_BYTES;
-use crate::format::{DESCRIPTOR_NAME, Geometry, Guid, Header, InUse, Probe, probe};
+use crate::format::{
+    DESCRIPTOR_NAME, Described, DiskDescriptor, Geometry, Guid, Header, InUse, Probe, probe,
+};
 use crate::io::file::{self, FileStorage};
 use crate::io::{Access, Storage, StorageExt, sys};
 use crate::ops::create::version_number;
-use crate::ops::open::{Bundle, Place, place};
+use crate::ops::open::{Place, ReadBundle, oddities, open_image, place};
 use crate::ops::space::{Space, Tally};
 use crate::units::{FileCluster, GuestCluster, Sectors};
 
@@ -27,6 +29,16 @@ const TABLE_PIECE_BYTES: u64 = 1 << 20;
 pub struct InfoOptions {
     /// A descriptor, its folder, or an image.
     pub path: PathBuf,
+    /// Folders that images outside of the bundle may be taken from; see
+    /// [`OpenOptions::parents`](crate::ops::open::OpenOptions::parents).
+    pub parents: Vec<PathBuf>,
+}
+
+impl InfoOptions {
+    /// The disk at `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), parents: Vec::new() }
+    }
 }
 
 /// What a disk is.
@@ -58,6 +70,12 @@ pub struct InfoReport {
     pub free_clusters: u64,
     /// Of 1000 pairs of neighbouring clusters in one image, how many do not follow each other in the file.
     pub fragmentation_per_mille: u64,
+    /// Storages that the disk is split into, each a chain of its own; 1 but for disks of other programs.
+    pub storages: u64,
+    /// Who encrypted the disk, if the descriptor says that somebody did.
+    pub encryption: Option<String>,
+    /// What is odd about the descriptor though the disk can be read.
+    pub warnings: Vec<String>,
     /// The images, in the order of the descriptor.
     pub images: Vec<ImageReport>,
 }
@@ -104,7 +122,7 @@ pub struct ImageReport {
 /// Examines a disk.
 pub fn info(options: &InfoOptions) -> Result<InfoReport> {
     match place(&options.path)? {
-        Place::Bundle(folder) => bundle(&folder),
+        Place::Bundle(folder) => bundle(&folder, &options.parents),
         Place::Image(path) => single(&path),
     }
 }
@@ -113,18 +131,50 @@ fn file_options() -> file::OpenOptions {
     file::OpenOptions::new(Access::ReadOnly).or_block_device()
 }
 
-fn bundle(path: &Path) -> Result<InfoReport> {
-    let bundle = Bundle::open(path)?;
-    let descriptor = &bundle.descriptor;
+fn bundle(path: &Path, parents: &[PathBuf]) -> Result<InfoReport> {
+    let bundle = ReadBundle::open(path, !parents.is_empty())?;
     let mut images = Vec::new();
+    match &bundle.described {
+        Described::Whole(descriptor) => images_of(&bundle, descriptor, path, parents, &mut images),
+        Described::Split(split) => {
+            for part in split.parts() {
+                images_of(&bundle, &part.descriptor, path, parents, &mut images);
+            }
+        }
+    }
+    let descriptor = bundle.described.first();
+    let (disk, storages) = match &bundle.described {
+        Described::Whole(descriptor) => (descriptor.disk_sectors(), 1),
+        Described::Split(split) => (split.disk_sectors(), split.parts().len() as u64),
+    };
+    let report = InfoReport {
+        descriptor: Some(path.join(DESCRIPTOR_NAME)),
+        disk_bytes: disk.checked_bytes().unwrap_or(u64::MAX),
+        cluster_bytes: descriptor.cluster_sectors().checked_bytes().unwrap_or(u64::MAX),
+        mode: descriptor.mode().name(),
+        snapshots: (descriptor.shots().len() as u64).saturating_sub(1),
+        storages,
+        encryption: descriptor.encryption().map(|encryption| encryption.to_string()),
+        warnings: oddities(descriptor, path),
+        ..summary(images)
+    };
+    Ok(report)
+}
+
+/// Adds the images of one chain.
+fn images_of(
+    bundle: &ReadBundle,
+    descriptor: &DiskDescriptor,
+    path: &Path,
+    parents: &[PathBuf],
+    images: &mut Vec<ImageReport>,
+) {
     for image in descriptor.images() {
         let shot = descriptor.shot(image.guid());
         let parent = shot.map(|shot| shot.parent()).filter(|&parent| parent != Guid::NONE);
         let raw = (descriptor.is_raw() && parent.is_none()).then(|| descriptor.cluster_sectors());
-        let found = bundle.open_image(image, &file_options()).and_then(|storage| {
-            let path = path.join(image.file());
-            examine(&storage, raw).map_err(|error| error.at_path(path))
-        });
+        let found = open_image(&bundle.folder, path, image, &file_options(), parents)
+            .and_then(|(storage, file)| examine(&storage, raw).map_err(|error| error.at_path(file)));
         let found = found.unwrap_or_else(problem);
         images.push(ImageReport {
             guid: Some(image.guid().to_string()),
@@ -137,15 +187,6 @@ fn bundle(path: &Path) -> Result<InfoReport> {
             ..found
         });
     }
-    let report = InfoReport {
-        descriptor: Some(path.join(DESCRIPTOR_NAME)),
-        disk_bytes: descriptor.disk_sectors().checked_bytes().unwrap_or(u64::MAX),
-        cluster_bytes: descriptor.cluster_sectors().checked_bytes().unwrap_or(u64::MAX),
-        mode: descriptor.mode().name(),
-        snapshots: (descriptor.shots().len() as u64).saturating_sub(1),
-        ..summary(images)
-    };
-    Ok(report)
 }
 
 fn single(path: &Path) -> Result<InfoReport> {
@@ -187,6 +228,9 @@ fn summary(images: Vec<ImageReport>) -> InfoReport {
             ..Space::default()
         }
         .fragmentation_per_mille(),
+        storages: 1,
+        encryption: None,
+        warnings: Vec::new(),
         images,
     }
 }

@@ -18,7 +18,8 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Guid, Probe, RepairSummary, Source, probe,
+    Chain, ChainOptions, DESCRIPTOR_NAME, Described, DiskDescriptor, Guid, Probe, RepairSummary, Source,
+    probe,
 };
 use crate::io::file::{self, Caching, DirectoryFolder, FileStorage};
 use crate::io::latch::Latched;
@@ -26,6 +27,17 @@ use crate::io::lock::{ImageLock, Ownership};
 use crate::io::{Access, Alignment, Allocation, Folder, Storage, identity, sys};
 use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use crate::units::Sectors;
+
+mod bundle;
+mod joined;
+mod place;
+
+pub use bundle::image_paths;
+pub(super) use bundle::open_image;
+pub(super) use bundle::{Bundle, ReadBundle, while_it_stands};
+pub(super) use joined::ChainStorage;
+pub use place::followed;
+pub(super) use place::{Place, place};
 
 /// How often a reader begins anew because the descriptor has been replaced.
 const READ_TRIES: u32 = 20;
@@ -58,6 +70,8 @@ pub struct OpenOptions {
     pub block_device: bool,
     /// Take no lock on the images: for a look, after which nothing is done with what was seen. Only for reading.
     pub unlocked: bool,
+    /// Folders that images outside of the bundle may be taken from, as a linked clone has them; for reading only.
+    pub parents: Vec<PathBuf>,
     /// How long to wait for the descriptor's lock.
     pub lock_timeout: Duration,
 }
@@ -74,6 +88,7 @@ impl OpenOptions {
             caching: Caching::Direct,
             block_device: false,
             unlocked: false,
+            parents: Vec::new(),
             lock_timeout: lock_timeout(),
         }
     }
@@ -98,6 +113,8 @@ pub struct OpenReport {
     pub direct: Vec<bool>,
     /// Whether the top was not closed by its last writer.
     pub was_in_use: bool,
+    /// Who encrypted the disk, if the descriptor says that somebody did: its bytes are ciphertext.
+    pub encryption: Option<String>,
     /// What is odd or was repaired, though it does not prevent opening.
     pub warnings: Vec<String>,
 }
@@ -180,68 +197,10 @@ impl Storage for LockedStorage {
     }
 }
 
-/// A disk named by a path: its bundle, or one image.
-pub(super) enum Place {
-    /// The folder of a descriptor.
-    Bundle(PathBuf),
-    /// An image.
-    Image(PathBuf),
-}
-
-/// What `path` names: a folder and a `DiskDescriptor.xml` are bundles, everything else an image.
-pub(super) fn place(path: &Path) -> Result<Place> {
-    let metadata =
-        std::fs::metadata(path).map_err(|error| file::explain(error, ErrorKind::Open, "open disk", path))?;
-    if metadata.is_dir() {
-        return Ok(Place::Bundle(path.to_path_buf()));
-    }
-    if path.file_name().is_some_and(|name| name == DESCRIPTOR_NAME) {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        return Ok(Place::Bundle(folder.unwrap_or(Path::new(".")).to_path_buf()));
-    }
-    Ok(Place::Image(path.to_path_buf()))
-}
-
 /// A folder by its name without links.
 pub(super) fn real_path(path: &Path) -> Result<PathBuf> {
     std::fs::canonicalize(path)
         .map_err(|error| file::explain(error, ErrorKind::Open, "find the folder of the disk", path))
-}
-
-/// An open bundle.
-pub(super) struct Bundle {
-    pub(super) folder: DirectoryFolder,
-    pub(super) descriptor: DiskDescriptor,
-}
-
-impl Bundle {
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let folder = DirectoryFolder::open(path)?;
-        let real = std::fs::canonicalize(path)
-            .map_err(|error| file::explain(error, ErrorKind::Open, "find the folder of the disk", path))?;
-        let descriptor = DiskDescriptor::load(&folder, Some(&real))?;
-        Ok(Self { folder, descriptor })
-    }
-
-    /// Makes durable what was read: who wrote the descriptor may have been killed between a rename and the sync of the
-    /// folder, and what is done now, or answered to a flush, relies on it (S6).
-    fn settle(&self, path: &Path) -> Result<()> {
-        self.folder
-            .sync()
-            .map_err(|cause| Error::io(ErrorKind::Sync, "open disk: sync its folder", cause).at_path(path))
-    }
-
-    /// Opens one of its images, following no link.
-    pub(super) fn open_image(
-        &self,
-        image: &crate::format::Image,
-        options: &file::OpenOptions,
-    ) -> Result<FileStorage> {
-        match image.place() {
-            (None, name) => self.folder.open_file(name, options),
-            (Some(folder), name) => self.folder.open_folder(folder)?.open_file(name, options),
-        }
-    }
 }
 
 /// Opens a disk. Fails with [`ErrorKind::InUse`] if somebody else has it.
@@ -307,39 +266,48 @@ fn access(options: &OpenOptions, number: usize, count: usize) -> Access {
 fn open_bundle(path: &Path, options: &OpenOptions) -> Result<(Opened, Option<DescriptorLock>)> {
     // Against a command that is changing the bundle. Readers do without: the descriptor is replaced atomically, and
     // they may not be allowed to write to the folder.
+    if options.access == Access::ReadWrite && !options.parents.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            "open disk: images outside of the bundle are for reading only",
+        )
+        .at_path(path)
+        .advise("open it read-only, or make a disk of its own of it: ploop import --allow-parent DIR"));
+    }
     let lock = match options.access {
         Access::ReadWrite => Some(DescriptorLock::take(&path.join(DESCRIPTOR_NAME), options.lock_timeout)?),
         Access::ReadOnly => None,
     };
     if lock.is_some() {
-        return Ok((open_described(&Bundle::open(path)?, path, options)?, lock));
-    }
-    while_it_stands(path, |bundle| open_described(bundle, path, options)).map(|opened| (opened, None))
-}
-
-/// Opens what the descriptor in the folder `path` names, for a reader, who holds no lock on it: a command may replace it
-/// after it was read and before all images are locked. A file may hold another state by then, so it is read once more.
-pub(super) fn while_it_stands<T>(path: &Path, mut open: impl FnMut(&Bundle) -> Result<T>) -> Result<T> {
-    for _ in 0..READ_TRIES {
         let bundle = Bundle::open(path)?;
-        let opened = open(&bundle);
-        if Bundle::open(path)?.descriptor == bundle.descriptor {
-            return opened;
-        }
+        bundle.settle(path)?;
+        return Ok((open_state(&bundle.folder, &bundle.descriptor, path, options)?, lock));
     }
-    Err(Error::new(ErrorKind::Busy, "open disk: its descriptor changes all the time")
-        .at_path(path.join(DESCRIPTOR_NAME))
-        .advise("wait for the end of the commands that change the disk, then try again"))
+    let outside = !options.parents.is_empty();
+    while_it_stands(path, outside, |bundle| open_described(bundle, path, options))
+        .map(|opened| (opened, None))
 }
 
-pub(super) fn open_described(bundle: &Bundle, path: &Path, options: &OpenOptions) -> Result<Opened> {
-    let descriptor = &bundle.descriptor;
+/// Opens what a bundle at `path` describes, for reading.
+pub(super) fn open_described(bundle: &ReadBundle, path: &Path, options: &OpenOptions) -> Result<Opened> {
+    match &bundle.described {
+        Described::Whole(descriptor) => open_state(&bundle.folder, descriptor, path, options),
+        Described::Split(split) => joined::open(&bundle.folder, split, path, options),
+    }
+}
+
+/// Opens a state of one chain in `folder`, which is at `path`.
+fn open_state(
+    folder: &DirectoryFolder,
+    descriptor: &DiskDescriptor,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Opened> {
     let state = options.snapshot.unwrap_or(descriptor.top_guid());
     let images = descriptor.chain_for(state).map_err(|error| error.at_path(path.join(DESCRIPTOR_NAME)))?;
     check_readable(descriptor, state).map_err(|error| error.at_path(path))?;
-    if options.access == Access::ReadWrite
-        && (state != descriptor.top_guid() || descriptor.children(state).next().is_some())
-    {
+    let has_children = descriptor.children(state).next().is_some() || descriptor.has_dead_child(state);
+    if options.access == Access::ReadWrite && (state != descriptor.top_guid() || has_children) {
         return Err(Error::new(
             ErrorKind::Parameter,
             format!("open disk: the snapshot {state} cannot be opened for writing"),
@@ -347,19 +315,19 @@ pub(super) fn open_described(bundle: &Bundle, path: &Path, options: &OpenOptions
         .at_path(path)
         .advise("open it read-only, or switch to it first"));
     }
-    if options.access == Access::ReadWrite {
-        bundle.settle(path)?;
-    }
     let raw = descriptor.is_raw();
     let mut opening = Opening::new(options);
     for (number, image) in images.iter().enumerate() {
         let access = access(options, number, images.len());
-        let storage = bundle.open_image(image, &opening.file_options(access))?;
-        opening.add(storage, &path.join(image.file()), access, number == 0 && raw)?;
+        let (storage, file) =
+            open_image(folder, path, image, &opening.file_options(access), &options.parents)?;
+        opening.add(storage, &file, access, number == 0 && raw)?;
     }
     let (chain, mut report) = opening.finish(raw.then(|| descriptor.cluster_sectors()))?;
     report.descriptor = Some(path.join(DESCRIPTOR_NAME));
     report.state = Some(state.to_string());
+    report.encryption = descriptor.encryption().map(|encryption| encryption.to_string());
+    report.warnings.extend(oddities(descriptor, path));
     let said = descriptor.disk_sectors();
     // A snapshot may be of another size: what its image says.
     if state == descriptor.top_guid() && said != chain.geometry().disk_sectors() {
@@ -377,6 +345,57 @@ pub(super) fn open_described(bundle: &Bundle, path: &Path, options: &OpenOptions
         ));
     }
     Ok(Opened { chain, report })
+}
+
+/// Refuses to take the bytes of an encrypted disk for its content, which `what` would do.
+pub fn refuse_ciphertext(report: &OpenReport, what: &str) -> Result<()> {
+    let Some(encryption) = &report.encryption else { return Ok(()) };
+    Err(ciphertext_refused(what, encryption).at_path(report.descriptor.clone().unwrap_or_default()))
+}
+
+/// That refusal.
+pub fn ciphertext_refused(what: &str, encryption: &str) -> Error {
+    let message = format!("{what}: the disk is {encryption}; what would come out is ciphertext");
+    Error::new(ErrorKind::Parameter, message).advise(
+        "decrypt it in the program it belongs to, or copy its content out of there; --ciphertext takes the bytes as they \
+         are, which only the key in the descriptor can make readable: keep that",
+    )
+}
+
+/// What is odd about a descriptor at `path` though the disk can be opened, in words.
+pub fn oddities(descriptor: &DiskDescriptor, path: &Path) -> Vec<String> {
+    let mut said = descriptor.notes().to_vec();
+    said.extend(descriptor.dead_words());
+    if let Some(encryption) = descriptor.encryption() {
+        said.push(format!("the disk is {encryption}: what is read here is ciphertext"));
+    }
+    if let Some(machine) = suspended(descriptor, path) {
+        said.push(format!(
+            "a suspended machine ({machine}) goes on from this disk: its file systems are as in use, and what is written \
+             to the disk now damages them when it is resumed"
+        ));
+    }
+    said
+}
+
+/// What says that a machine was suspended while it used the disk in the folder `path`.
+fn suspended(descriptor: &DiskDescriptor, path: &Path) -> Option<String> {
+    if descriptor.is_suspended() {
+        return Some("<SuspendState> in the descriptor".to_owned());
+    }
+    // Its memory lies in the folder of the machine, around the bundle.
+    let real = std::fs::canonicalize(path).ok()?;
+    let machine = real
+        .parent()
+        .filter(|parent| parent.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("pvm")))?;
+    let names = std::fs::read_dir(machine)
+        .ok()?
+        .take(10_000)
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut memory: Vec<String> =
+        names.filter(|name| name.ends_with(".mem") || name.ends_with(".sav")).collect();
+    memory.sort();
+    memory.first().map(|name| format!("{name:?} in its folder"))
 }
 
 /// Refuses a state that a merge which was cut has left half changed. Those that stand on it are whole.
@@ -550,6 +569,7 @@ impl<'a> Opening<'a> {
             writable: self.options.access == Access::ReadWrite,
             direct: self.direct,
             was_in_use: chain.repairs().was_in_use,
+            encryption: None,
             warnings: repairs(chain.repairs()),
         };
         Ok((chain, report))

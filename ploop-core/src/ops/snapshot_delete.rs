@@ -15,6 +15,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor_store::keep_copy;
 use crate::format::{DiskDescriptor, Guid, Image, Transition};
 use crate::io::{Access, Folder, Storage};
 use crate::ops::image_files::{is_shared, open_chain, open_image, remove_early, remove_obsolete, source};
@@ -38,6 +39,19 @@ pub struct DeleteReport {
     pub merged: Option<MergeReport>,
     /// It is only marked, for several states stand on it.
     pub marked: bool,
+    /// It was an entry without image, or without snapshot, and is no longer in the descriptor; the former descriptor is kept
+    /// in this file beside it.
+    #[serde(default)]
+    pub descriptor_copy: Option<String>,
+}
+
+/// Drops an entry that hangs in the air, behind a copy of the descriptor; its file, if it has one, stays.
+fn drop_dead(folder: &dyn Folder, descriptor: &DiskDescriptor, entry: Guid) -> Result<DeleteReport> {
+    let mut next = descriptor.clone();
+    next.drop_dead(entry)?;
+    let copy = keep_copy(folder)?;
+    next.store(folder)?;
+    Ok(DeleteReport { snapshot: entry, merged: None, marked: false, descriptor_copy: Some(copy) })
 }
 
 /// Deletes a snapshot of the closed disk at `path`, a descriptor or its folder. [`ErrorKind::NoSnapshot`] if there is
@@ -60,12 +74,15 @@ pub fn delete_in(
 ) -> Result<DeleteReport> {
     let snapshot = options.snapshot;
     let mut descriptor = DiskDescriptor::load(folder, None)?;
+    if descriptor.is_dead(snapshot) {
+        return drop_dead(folder, &descriptor, snapshot);
+    }
     // What this very command committed before it was cut.
     let already = descriptor.has_removed(snapshot);
     let completed = complete_in(folder, &mut descriptor, Asked::Delete, progress)?;
     let merged = completed.into_iter().find(|report| report.merged.contains(&snapshot));
     if merged.is_some() || already {
-        return Ok(DeleteReport { snapshot, merged, marked: false });
+        return Ok(DeleteReport { snapshot, merged, marked: false, descriptor_copy: None });
     }
     let mut gone = vec![snapshot];
     if snapshot == descriptor.top_guid() {
@@ -86,7 +103,7 @@ fn delete_one(
     snapshot: Guid,
     progress: &dyn Progress,
 ) -> Result<DeleteReport> {
-    let report = DeleteReport { snapshot, merged: None, marked: false };
+    let report = DeleteReport { snapshot, merged: None, marked: false, descriptor_copy: None };
     if descriptor.shot(snapshot).is_none() {
         return Err(Error::new(ErrorKind::NoSnapshot, format!("there is no snapshot {snapshot}"))
             .advise("`ploop snapshot-list` shows the snapshots of the disk"));

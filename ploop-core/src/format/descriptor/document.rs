@@ -2,13 +2,17 @@
 //!
 //! Reading takes the elements we know out of their parents one by one; what stays is not ours and is kept.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use crate::error::{Error, Result};
 
+use super::dead::Dead;
+use super::names::{self, Names, file_name, shown};
+use super::split::{Described, PARTS_MAX, SplitDescriptor};
 use super::{
-    DESCRIPTOR_NAME, DiskDescriptor, ENTRIES_MAX, Guid, Image, ImageKind, Rest, RestOf, Shot, Transition,
-    cluster_sectors, names_parent, wrong,
+    DiskDescriptor, ENTRIES_MAX, Guid, Image, ImageKind, Rest, RestOf, Shot, Transition, cluster_sectors,
+    foreign, names_parent, unique, wrong,
 };
 use crate::format::xml::{self, Node};
 
@@ -67,13 +71,8 @@ impl Element {
     }
 }
 
-/// The beginning of a text, for messages.
-fn shown(text: &str) -> String {
-    text.chars().take(60).collect()
-}
-
 /// A number as the original reads it: decimal, `0x` hexadecimal or `0` octal.
-fn number(text: &str) -> Option<u64> {
+pub(super) fn number(text: &str) -> Option<u64> {
     let text = text.trim();
     let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(digits) => (digits, 16),
@@ -86,114 +85,11 @@ fn number(text: &str) -> Option<u64> {
     u64::from_str_radix(digits, radix).ok()
 }
 
-/// Checks the name of an image file (threat rule M4) and gives it back without a leading `./`.
-pub(super) fn file_name(name: &str) -> Result<&str> {
-    let refused = |why: &str| {
-        Err(wrong(format!("the file name {:?} {why}", shown(name))).advise(
-            "images lie in the descriptor's folder: move the file there and write its name alone into <File>",
-        ))
-    };
-    if name.starts_with('/') {
-        return refused("is an absolute path");
-    }
-    let relative = name.strip_prefix("./").unwrap_or(name);
-    let components: Vec<&str> = relative.split('/').collect();
-    if components.contains(&"..") {
-        return refused("leads out of the folder");
-    }
-    if components.len() > 2 {
-        return refused("lies deeper than one folder");
-    }
-    if components.iter().any(|part| part.is_empty() || *part == "." || part.len() > 255) {
-        return refused("is not the name of a file");
-    }
-    if relative.chars().any(char::is_control) {
-        return refused("has control characters in it");
-    }
-    if components.len() == 1 && relative.starts_with(DESCRIPTOR_NAME) {
-        return refused("belongs to the descriptor itself");
-    }
-    Ok(relative)
-}
-
 impl DiskDescriptor {
     /// As [`parse`](Self::parse) for a descriptor that lies in `folder`: absolute file names that begin with that
     /// folder, as old tools wrote them, are taken as names in it.
     pub fn parse_in(bytes: &[u8], folder: Option<&Path>) -> Result<Self> {
-        let mut root = Element::of(xml::parse(bytes)?);
-        let mut parameters = Element::of(root.need("Disk_Parameters")?);
-        let mut data = Element::of(root.need("StorageData")?);
-        let volume = data.take("Volume")?;
-        let storages = data.take_all("Storage");
-        let [storage] = <[Node; 1]>::try_from(storages).map_err(|storages| {
-            wrong(format!("<StorageData> has {} elements <Storage>, not one", storages.len()))
-                .advise("disks split into several storages cannot be opened")
-        })?;
-        let mut storage = Element::of(storage);
-        let mut snapshots = Element::of(root.need("Snapshots")?);
-        let (obsolete, gone) = root.take(OBSOLETE)?.map(read_obsolete).unwrap_or_default();
-
-        let disk_sectors = parameters.need_number("Disk_size")?;
-        let delta_sectors_max = Some(parameters.number("Max_delta_size")?).filter(|&sectors| sectors > 0);
-        let cylinders = parameters.number("Cylinders")?;
-        let heads = parameters.number("Heads")?;
-        for computed in ["Sectors", "Padding"] {
-            parameters.number(computed)?;
-        }
-        if storage.number("Start")? != 0 {
-            return Err(wrong("<Start> is not 0: disks split into several storages cannot be opened"));
-        }
-        storage.number("End")?;
-        let cluster_sectors = cluster_sectors(storage.need_number("Blocksize")?)?;
-        let preallocated = match storage.take("Preallocated")?.map(|node| number(&node.text)) {
-            None | Some(Some(0)) => false,
-            Some(Some(1)) => true,
-            Some(_) => return Err(wrong("<Preallocated> is neither 0 nor 1")),
-        };
-        let images = read_entries(storage.take_all("Image"), |image| read_image(image, folder))?;
-        let top = match snapshots.take("TopGUID")? {
-            Some(node) => {
-                Some(node.text.trim().parse().map_err(|error: Error| wrong(format!("<TopGUID>: {error}")))?)
-            }
-            None => None,
-        };
-        let mut shots = read_entries(snapshots.take_all("Shot"), read_shot)?;
-        let has_parent_volume = volume.as_ref().is_some_and(names_parent);
-        if !has_parent_volume {
-            add_missing_shot(&images, &mut shots);
-        }
-        let top = match top {
-            Some(top) => top,
-            None if shots.iter().any(|shot| shot.guid == Guid::TOP) => Guid::TOP,
-            None => {
-                return Err(wrong(format!("no <TopGUID>, and no <Shot> is {}", Guid::TOP))
-                    .advise("add <TopGUID> with the GUID of the writable image"));
-            }
-        };
-        let descriptor = Self {
-            root: root.name.clone(),
-            disk_sectors,
-            delta_sectors_max,
-            cylinders,
-            heads,
-            cluster_sectors,
-            preallocated,
-            images,
-            shots,
-            top,
-            volume,
-            obsolete,
-            gone,
-            rest: RestOf {
-                root: root.rest(),
-                parameters: parameters.rest(),
-                data: data.rest(),
-                storage: storage.rest(),
-                snapshots: snapshots.rest(),
-            },
-        };
-        descriptor.validate()?;
-        Ok(descriptor)
+        Described::parse(bytes, &Names::of_document(folder))?.whole()
     }
 
     /// The document. Reading it gives this very value back.
@@ -217,9 +113,9 @@ impl DiskDescriptor {
         if self.preallocated {
             storage.push(Node::with_text("Preallocated", 1));
         }
-        storage.extend(self.images.iter().map(Image::node));
+        storage.extend(self.images.iter().chain(&self.dead.images).map(Image::node));
         let mut snapshots = vec![Node::with_text("TopGUID", self.top)];
-        snapshots.extend(self.shots.iter().map(Shot::node));
+        snapshots.extend(self.shots.iter().chain(&self.dead.shots).map(Shot::node));
         let rest = &self.rest;
         let mut data: Vec<Node> = self.volume.clone().into_iter().collect();
         data.push(rest.storage.around("Storage", storage));
@@ -237,6 +133,153 @@ impl DiskDescriptor {
     }
 }
 
+impl Described {
+    /// Reads and checks a descriptor, of a whole or of a split disk.
+    pub(crate) fn parse(bytes: &[u8], names: &Names<'_>) -> Result<Self> {
+        let mut root = Element::of(xml::parse(bytes)?);
+        let mut parameters = Element::of(root.need("Disk_Parameters")?);
+        let mut data = Element::of(root.need("StorageData")?);
+        let volume = data.take("Volume")?;
+        let storages = data.take_all("Storage");
+        let mut snapshots = Element::of(root.need("Snapshots")?);
+        let (obsolete, gone) = root.take(OBSOLETE)?.map(read_obsolete).unwrap_or_default();
+
+        let disk_sectors = parameters.need_number("Disk_size")?;
+        let delta_sectors_max = Some(parameters.number("Max_delta_size")?).filter(|&sectors| sectors > 0);
+        let cylinders = parameters.number("Cylinders")?;
+        let heads = parameters.number("Heads")?;
+        parameters.number("Sectors")?;
+        foreign::check_padding(parameters.take("Padding")?)?;
+        let top = match snapshots.take("TopGUID")? {
+            Some(node) => {
+                Some(node.text.trim().parse().map_err(|error: Error| wrong(format!("<TopGUID>: {error}")))?)
+            }
+            None => None,
+        };
+        let shots = read_entries(snapshots.take_all("Shot"), read_shot)?;
+        let rest = RestOf {
+            parameters: parameters.rest(),
+            data: data.rest(),
+            storage: Rest::default(),
+            snapshots: snapshots.rest(),
+            root: Rest { attributes: root.attributes.clone(), children: std::mem::take(&mut root.children) },
+        };
+        foreign::check_sector_size(&rest.parameters)?;
+        if storages.len() > PARTS_MAX {
+            return Err(wrong(format!("more than {PARTS_MAX} elements <Storage>")));
+        }
+        let storages = storages.into_iter().map(read_storage).collect::<Result<Vec<_>>>()?;
+        let describe = |storage: ReadStorage, disk_sectors: u64| {
+            let ReadStorage { cluster_sectors, preallocated, images, texts, rest: storage_rest, .. } =
+                storage;
+            let named = names::resolve(&texts, names)?;
+            let mut notes = Vec::new();
+            let mut images: Vec<Image> = images
+                .into_iter()
+                .zip(named)
+                .map(|(image, named)| {
+                    notes.extend(named.note);
+                    Image { file: named.file, outside: named.outside, ..image }
+                })
+                .collect();
+            let mut shots = shots.clone();
+            let has_parent_volume = volume.as_ref().is_some_and(names_parent);
+            if !has_parent_volume {
+                add_missing_shot(&images, &mut shots);
+            }
+            let top = match top {
+                Some(top) => top,
+                None if shots.iter().any(|shot| shot.guid == Guid::TOP) => Guid::TOP,
+                None => {
+                    return Err(wrong(format!("no <TopGUID>, and no <Shot> is {}", Guid::TOP))
+                        .advise("add <TopGUID> with the GUID of the writable image"));
+                }
+            };
+            unique("Image", images.iter().map(|image| image.guid))?;
+            unique("Shot", shots.iter().map(|shot| shot.guid))?;
+            let dead = match has_parent_volume {
+                true => Dead::default(),
+                false => Dead::set_aside(&mut images, &mut shots, top),
+            };
+            let descriptor = DiskDescriptor {
+                root: root.name.clone(),
+                disk_sectors,
+                delta_sectors_max,
+                cylinders,
+                heads,
+                cluster_sectors,
+                preallocated,
+                images,
+                shots,
+                top,
+                volume: volume.clone(),
+                obsolete: obsolete.clone(),
+                gone: gone.clone(),
+                dead,
+                notes,
+                rest: RestOf { storage: storage_rest, ..rest.clone() },
+            };
+            descriptor.validate()?;
+            Ok(descriptor)
+        };
+        match <[ReadStorage; 1]>::try_from(storages) {
+            Ok([single]) if single.start == 0 => describe(single, disk_sectors).map(Self::Whole),
+            Ok([part]) => Self::split(vec![part], disk_sectors, describe),
+            Err(parts) if parts.is_empty() => Err(wrong("<StorageData> has no <Storage>")),
+            Err(parts) => Self::split(parts, disk_sectors, describe),
+        }
+    }
+
+    fn split(
+        parts: Vec<ReadStorage>,
+        disk_sectors: u64,
+        describe: impl Fn(ReadStorage, u64) -> Result<DiskDescriptor>,
+    ) -> Result<Self> {
+        let parts = parts.into_iter().map(|part| {
+            let (start, end) = (part.start, part.end);
+            // What is no range is refused with the others.
+            let sectors = end.checked_sub(start).filter(|&sectors| sectors > 0).ok_or_else(|| {
+                wrong(format!("a <Storage> ends at sector {end}, not after its start at {start}"))
+            })?;
+            Ok((start, end, describe(part, sectors)?))
+        });
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        let mut files = BTreeSet::new();
+        for file in parts.iter().flat_map(|(.., part)| part.images.iter().map(|image| &image.file)) {
+            if !files.insert(file) {
+                return Err(wrong(format!("the file {file:?} belongs to two images")));
+            }
+        }
+        SplitDescriptor::new(parts, disk_sectors).map(Self::Split)
+    }
+}
+
+/// A storage as it was read; the names of its images are not yet looked at.
+struct ReadStorage {
+    start: u64,
+    end: u64,
+    cluster_sectors: u32,
+    preallocated: bool,
+    images: Vec<Image>,
+    texts: Vec<String>,
+    rest: Rest,
+}
+
+fn read_storage(node: Node) -> Result<ReadStorage> {
+    let mut storage = Element::of(node);
+    let start = storage.number("Start")?;
+    let end = storage.number("End")?;
+    let cluster_sectors = cluster_sectors(storage.need_number("Blocksize")?)?;
+    let preallocated = match storage.take("Preallocated")?.map(|node| number(&node.text)) {
+        None | Some(Some(0)) => false,
+        Some(Some(1)) => true,
+        Some(_) => return Err(wrong("<Preallocated> is neither 0 nor 1")),
+    };
+    let (images, texts) =
+        read_entries(storage.take_all("Image"), read_image)?.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
+    Ok(ReadStorage { start, end, cluster_sectors, preallocated, images, texts, rest: storage.rest() })
+}
+
 fn read_entries<T>(nodes: Vec<Node>, read: impl Fn(Element) -> Result<T>) -> Result<Vec<T>> {
     if nodes.len() > ENTRIES_MAX {
         return Err(wrong(format!("more than {ENTRIES_MAX} images or shots")));
@@ -244,19 +287,16 @@ fn read_entries<T>(nodes: Vec<Node>, read: impl Fn(Element) -> Result<T>) -> Res
     nodes.into_iter().map(|node| read(Element::of(node))).collect()
 }
 
-fn read_image(mut image: Element, folder: Option<&Path>) -> Result<Image> {
+/// An image, and the text of its <File>.
+fn read_image(mut image: Element) -> Result<(Image, String)> {
     let guid = image.need_guid("GUID")?;
     let kind = match image.need("Type")?.text.trim() {
         "Compressed" => ImageKind::Image,
         "Plain" => ImageKind::Plain,
         other => return Err(wrong(format!("the image {guid} is of the unknown type {:?}", shown(other)))),
     };
-    let named = image.need("File")?.text;
-    let inside = folder
-        .filter(|folder| folder.is_absolute())
-        .and_then(|folder| Path::new(&named).strip_prefix(folder).ok()?.to_str());
-    let file = file_name(inside.unwrap_or(&named))?.to_owned();
-    Ok(Image { guid, kind, file, rest: image.rest() })
+    let text = image.need("File")?.text;
+    Ok((Image { guid, kind, file: String::new(), outside: false, rest: image.rest() }, text))
 }
 
 fn read_shot(mut shot: Element) -> Result<Shot> {
@@ -291,11 +331,10 @@ fn read_obsolete(node: Node) -> (Vec<String>, Vec<Guid>) {
     (files.take(ENTRIES_MAX).collect(), gone.take(ENTRIES_MAX).collect())
 }
 
-/// The one repair of the original: the top's image without a shot is a disk that never had a snapshot.
+/// The one repair of the original: the top's image without a shot is a disk that never had a snapshot. Of several images
+/// it would be another disk: the top without what it stands on.
 fn add_missing_shot(images: &[Image], shots: &mut Vec<Shot>) {
-    let top_has_image = images.iter().any(|image| image.guid == Guid::TOP);
-    let top_has_shot = shots.iter().any(|shot| shot.guid == Guid::TOP);
-    if images.len() == shots.len() + 1 && top_has_image && !top_has_shot {
+    if shots.is_empty() && matches!(images, [only] if only.guid == Guid::TOP) {
         shots.push(Shot { guid: Guid::TOP, parent: Guid::NONE, transition: None, rest: Rest::default() });
     }
 }

@@ -171,8 +171,8 @@ fn what_does_not_fit_is_refused() {
             "two elements <Image>",
         ),
         (document(&image(TOP, "a"), &top, &(shot(TOP, NONE) + &shot(TOP, BASE))), "two elements <Shot>"),
-        (document(&(image(TOP, "a") + &image(BASE, "b")), &top, &shot(TOP, NONE)), "has no <Shot>"),
-        (document(&image(TOP, "a"), &top, &(shot(TOP, NONE) + &shot(BASE, NONE))), "has no <Image>"),
+        (document(&(image(TOP, "a") + &image(BASE, "b")), &top, &shot(BASE, NONE)), "has no <Shot>"),
+        (document(&image(BASE, "a"), &top, &(shot(TOP, NONE) + &shot(BASE, NONE))), "has no <Image>"),
         (document(&image(BASE, "a"), &top, &shot(BASE, NONE)), "is no <Shot>"),
         (document(&image(BASE, "a"), "", &shot(BASE, NONE)), "no <TopGUID>"),
         (document(&image(NONE, "a"), &top, &shot(NONE, NONE)), "which means none"),
@@ -184,8 +184,8 @@ fn what_does_not_fit_is_refused() {
         (sound.replace(TOP, "{5fbaabe3}"), "is not of the form"),
         (sound.replace("<Blocksize>2048", "<Blocksize>0"), "Blocksize"),
         (sound.replace("<Blocksize>2048", "<Blocksize>4294967296"), "Blocksize"),
-        (sound.replace("<Start>0", "<Start>1"), "<Start>"),
-        (sound.replace("<Storage>", "<Storage/><Storage>"), "2 elements <Storage>"),
+        (sound.replace("<Start>0", "<Start>1"), "a gap"),
+        (sound.replace("<Storage>", "<Storage/><Storage>"), "<Storage> has no <Blocksize>"),
         (sound.replace("<Disk_size>", "<Disk_size>1</Disk_size><Disk_size>"), "2 elements <Disk_size>"),
         (sound.replace("<Image>", "<Preallocated>2</Preallocated><Image>"), "neither 0 nor 1"),
         (sound.replace("Snapshots", "Shots"), "no <Snapshots>"),
@@ -402,7 +402,7 @@ fn descriptor() -> impl Strategy<Value = DiskDescriptor> {
                 {
                     let kind = if raw && number == 0 { ImageKind::Plain } else { ImageKind::Image };
                     let file = format!("{number}{file}");
-                    images.push(Image { guid: guids[number], kind, file, rest: image_rest });
+                    images.push(Image { guid: guids[number], kind, file, outside: false, rest: image_rest });
                     let parent = usize::from(parent) % (guids.len() + 1);
                     shots.push(Shot {
                         guid: guids[number],
@@ -425,6 +425,8 @@ fn descriptor() -> impl Strategy<Value = DiskDescriptor> {
                     volume: None,
                     obsolete: if preallocated { vec!["gone.hds".to_owned()] } else { Vec::new() },
                     gone: Vec::new(),
+                    dead: Dead::default(),
+                    notes: Vec::new(),
                     rest: RestOf {
                         root: rests.0,
                         parameters: rests.1,

@@ -42,7 +42,13 @@ impl DiskDescriptor {
         descriptor.top = top;
         for state in states {
             let file = super::file_name(&state.file)?.to_owned();
-            descriptor.images.push(Image { guid: state.guid, kind, file, rest: Rest::default() });
+            descriptor.images.push(Image {
+                guid: state.guid,
+                kind,
+                file,
+                outside: false,
+                rest: Rest::default(),
+            });
             descriptor.shots.push(Shot {
                 guid: state.guid,
                 parent: state.parent,

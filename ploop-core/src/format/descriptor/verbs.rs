@@ -9,7 +9,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::document::file_name;
+use super::names::file_name;
 use super::{CHAIN_IMAGES_MAX, DiskDescriptor, ENTRIES_MAX, Guid, Image, ImageKind, Rest, Shot, Transition};
 
 /// Which file a merge leaves.
@@ -271,6 +271,7 @@ impl DiskDescriptor {
     /// the names `files`, base first, the highest called `frozen`, and a new, empty current state in `top_file`.
     pub fn clone_of(&self, state: Guid, frozen: Guid, files: &[String], top_file: &str) -> Result<Self> {
         let chain: Vec<Guid> = self.chain_for(state)?.iter().map(|image| image.guid).collect();
+        self.check_alive()?;
         let mut next = self.clone();
         if chain.len() != files.len() {
             return Err(refused(format!("clone: {} files for {} images", files.len(), chain.len())));
@@ -306,6 +307,7 @@ impl DiskDescriptor {
             )
             .advise("use the tool that made it"));
         }
+        self.check_alive()?;
         let mut next = self.clone();
         next.convert_top()?;
         for &guid in named {
@@ -435,7 +437,7 @@ impl DiskDescriptor {
         let kind = if self.is_raw() { ImageKind::Plain } else { ImageKind::Image };
         let file = file_name(file)?.to_owned();
         self.obsolete.retain(|obsolete| *obsolete != file);
-        self.images.push(Image { guid: Guid::TOP, kind, file, rest: Rest::default() });
+        self.images.push(Image { guid: Guid::TOP, kind, file, outside: false, rest: Rest::default() });
         self.shots.push(Shot { guid: Guid::TOP, parent, transition: None, rest: Rest::default() });
         self.top = Guid::TOP;
         Ok(())

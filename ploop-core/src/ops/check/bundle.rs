@@ -5,12 +5,16 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor::split_refused;
 use crate::format::descriptor_store::TEMPORARY_PREFIX;
-use crate::format::{DESCRIPTOR_NAME, DiskDescriptor, Guid, Image, Probe, Transition, probe};
+use crate::format::{
+    DESCRIPTOR_NAME, DiskDescriptor, Guid, Image, Probe, SplitDescriptor, Transition, probe,
+};
+use crate::io::file::DirectoryFolder;
 use crate::io::{Access, Folder};
 use crate::ops::Progress;
 use crate::ops::clone::holds_nothing;
-use crate::ops::open::Bundle;
+use crate::ops::open::{Bundle, oddities};
 use crate::ops::plan;
 use crate::ops::repair::undo_file;
 
@@ -55,6 +59,71 @@ pub(super) fn check_bundle_in(
     }
     let mut findings = Findings::default();
     let mut images = Vec::new();
+    check_images(folder, descriptor, path, check_other, (options, progress), (&mut findings, &mut images))?;
+    let mut removed = Vec::new();
+    if options.snapshot.is_none() {
+        check_chain(descriptor, &images, &mut findings);
+        check_folder(folder, descriptor, options, &mut findings, &mut removed)?;
+    }
+    let report = conclude(findings, images, removed, options);
+    Ok(CheckReport { notes: oddities(descriptor, path), ..report })
+}
+
+/// Checks a split disk, which is only looked at: each part as a disk of its own, and that each is as long as its range.
+pub(super) fn check_split(
+    folder: &DirectoryFolder,
+    split: &SplitDescriptor,
+    path: &Path,
+    options: &CheckOptions,
+    progress: &dyn Progress,
+) -> Result<CheckReport> {
+    if options.repair || options.fill_holes {
+        return Err(split_refused(split.parts().len()).at_path(path.join(DESCRIPTOR_NAME)));
+    }
+    let options = &CheckOptions { read_only: true, drop_in_use: false, ..options.clone() };
+    let (mut findings, mut all) = (Findings::default(), Vec::new());
+    for part in split.parts() {
+        let check_other = |image: &Image, standing, options: &CheckOptions| -> Result<Option<ImageCheck>> {
+            let (Some(inner), name) = image.place() else { return Ok(None) };
+            let inner = folder.open_folder(inner)?;
+            check_in(&inner, name, &path.join(image.file()), standing, options, progress).map(Some)
+        };
+        let mut images = Vec::new();
+        let (descriptor, found) = (&part.descriptor, (&mut findings, &mut images));
+        check_images(folder, descriptor, path, &check_other, (options, progress), found)?;
+        if options.snapshot.is_none() {
+            check_chain(descriptor, &images, &mut findings);
+        }
+        let range_bytes = descriptor.disk_sectors().checked_bytes().unwrap_or(u64::MAX);
+        for image in images.iter().filter(|image| image.cluster_bytes > 0 && image.disk_bytes != range_bytes)
+        {
+            let detail = format!(
+                "the storage that starts at sector {} has {range_bytes} bytes, {} {}",
+                part.start.0,
+                image.file.display(),
+                image.disk_bytes
+            );
+            findings.add_for_people(Kind::Mismatch, Class::C, detail);
+        }
+        all.extend(images);
+    }
+    let mut notes = oddities(split.first(), path);
+    notes.push(format!(
+        "the disk is split into {} storages: it can be read, not changed",
+        split.parts().len()
+    ));
+    Ok(CheckReport { notes, ..conclude(findings, all, Vec::new(), options) })
+}
+
+/// Checks the images of one chain, one by one.
+fn check_images(
+    folder: &dyn Folder,
+    descriptor: &DiskDescriptor,
+    path: &Path,
+    check_other: CheckOther<'_>,
+    (options, progress): (&CheckOptions, &dyn Progress),
+    (findings, images): (&mut Findings, &mut Vec<ImageCheck>),
+) -> Result<()> {
     for image in descriptor.images() {
         if options.snapshot.is_some_and(|guid| guid != image.guid()) {
             continue;
@@ -79,12 +148,7 @@ pub(super) fn check_bundle_in(
             Err(error) => return Err(error),
         }
     }
-    let mut removed = Vec::new();
-    if options.snapshot.is_none() {
-        check_chain(descriptor, &images, &mut findings);
-        check_folder(folder, descriptor, options, &mut findings, &mut removed)?;
-    }
-    Ok(conclude(findings, images, removed, options))
+    Ok(())
 }
 
 fn describe(error: &Error) -> String {
@@ -100,6 +164,9 @@ fn check_chain(descriptor: &DiskDescriptor, images: &[ImageCheck], findings: &mu
         images.iter().filter_map(|image| Some((image.guid.as_deref()?, image))).collect();
     let of =
         |guid: Guid| by_guid.get(guid.to_string().as_str()).copied().filter(|image| image.cluster_bytes > 0);
+    for words in descriptor.dead_words() {
+        findings.add_for_people(Kind::DeadEntry, Class::A, words);
+    }
     for shot in descriptor.shots() {
         if let Err(error) = descriptor.chain_for(shot.guid()) {
             findings.add_for_people(Kind::BrokenChain, Class::C, error.to_string());
@@ -176,7 +243,8 @@ fn check_folder(
     let mut names = folder.list().map_err(failed(ErrorKind::Read, "check: list the folder"))?;
     names.sort();
     for name in names {
-        if name == DESCRIPTOR_NAME || descriptor.images().iter().any(|image| image.file() == name) {
+        let is_named = descriptor.images().iter().map(Image::file).chain(descriptor.dead_files());
+        if name == DESCRIPTOR_NAME || is_named.into_iter().any(|file| file == name) {
             continue;
         }
         if planned.contains(&name) {

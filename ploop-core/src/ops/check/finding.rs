@@ -95,6 +95,8 @@ pub enum Kind {
     DescriptorSize,
     /// The parents of a snapshot are missing or go in a circle.
     BrokenChain,
+    /// A snapshot without image, or an image without snapshot, that the current state does not need.
+    DeadEntry,
     /// A snapshot is on its way to be merged.
     Transition,
     /// An image in the folder that the descriptor does not name.
@@ -142,6 +144,9 @@ impl Kind {
             Self::Mismatch => "images of one chain do not fit each other",
             Self::DescriptorSize => "descriptor and image do not agree",
             Self::BrokenChain => "the parents of a snapshot are missing or go in a circle",
+            Self::DeadEntry => {
+                "a snapshot has no image, or an image no snapshot; the others are whole without it"
+            }
             Self::Transition => "a snapshot is on its way to be merged away",
             Self::Unreferenced => "an image in the folder belongs to no snapshot",
             Self::Leftover => "an earlier command left a file behind",
@@ -175,6 +180,7 @@ impl Kind {
             | Self::Mismatch
             | Self::DescriptorSize
             | Self::BrokenChain
+            | Self::DeadEntry
             | Self::Transition
             | Self::Unreferenced => return None,
         })

@@ -18,7 +18,7 @@ fn bundle(mode: Mode) -> tempfile::TempDir {
 }
 
 fn look(path: &Path) -> InfoReport {
-    info(&InfoOptions { path: path.to_path_buf() }).unwrap()
+    info(&InfoOptions::new(path)).unwrap()
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn one_bad_image_does_not_hide_the_rest() {
     assert_eq!(report.disk_bytes, 16 * 32768);
     std::fs::remove_file(place.path().join("root.hds")).unwrap();
     assert!(look(place.path()).images[0].problem.is_some());
-    assert!(info(&InfoOptions { path: "/nonexistent".into() }).is_err());
+    assert!(info(&InfoOptions::new("/nonexistent")).is_err());
 }
 
 #[test]

@@ -845,7 +845,7 @@ fn a_reader_whom_a_merge_overtakes_gets_no_other_state() {
             ..ops::OpenOptions::new(path, Access::ReadOnly)
         };
         let mut is_merged = false;
-        ops::open::while_it_stands(path, |bundle| {
+        ops::open::while_it_stands(path, false, |bundle| {
             if !std::mem::replace(&mut is_merged, true) {
                 ground.delete(merged);
             }
