@@ -8,6 +8,7 @@ mod commands;
 mod copy_service;
 mod exit;
 mod file_system;
+mod freeze_service;
 mod inner_size;
 mod job_service;
 mod leash;

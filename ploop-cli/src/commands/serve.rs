@@ -26,6 +26,7 @@ use serde_json::Value;
 use crate::commands::{compact, map, stat};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
+use crate::freeze_service;
 use crate::job_service::{self, Cargo, Turns};
 use crate::open::{self, Manner};
 use crate::output::Output;
@@ -130,6 +131,8 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     survivor.set_ready()?;
     ready.store(true, Ordering::Release);
     start_signal_thread(signals, entry.clone(), Arc::clone(&disk))?;
+    // Behind the last request of the start: a thaw waits for an answer of this very server.
+    freeze_service::thaw_left(entry)?;
     output.note("serving");
     // A failure leaves everything to a successor: nothing is closed here.
     serving.wait()?;
@@ -253,8 +256,8 @@ fn handlers(
                 |options: CompactOptions, progress| ops::compact_running(&compact_disk, &options, progress),
             )
         })
-        .with(snapshot_service::SNAPSHOT, move |connection, arguments, _| {
-            snapshots.snapshot(connection, arguments)
+        .with(snapshot_service::SNAPSHOT, move |_, arguments, descriptors| {
+            snapshots.snapshot(arguments, descriptors)
         })
         .with(snapshot_service::DELETE, move |connection, arguments, descriptors| {
             deletes.delete(connection, arguments, descriptors)

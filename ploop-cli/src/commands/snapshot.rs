@@ -78,13 +78,15 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     }
     let target = Target::find(&arguments.disk)?;
     if let Some((entry, state)) = &target.served {
-        let request =
-            SnapshotRequest { snapshot: arguments.snapshot.map(|guid| guid.to_string()), temporary: false };
+        let request = SnapshotRequest {
+            snapshot: arguments.snapshot.map(|guid| guid.to_string()),
+            ..Default::default()
+        };
         let freezes = !arguments.no_fsfreeze && (!arguments.sync || arguments.fsfreeze);
         if !freezes && arguments.sync {
             settle(state)?;
         }
-        let report = snapshot_service::ask_snapshot(state, entry, &request, freezes)?;
+        let report = snapshot_service::ask_snapshot(state, entry, request, freezes)?;
         return output.report(&Made(report));
     }
     let job = Job::begin(output, None)?;

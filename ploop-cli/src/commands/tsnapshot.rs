@@ -106,8 +106,9 @@ fn make(target: &Target, snapshot: Guid, output: &Output) -> Result<()> {
         let job = Job::begin(output, None)?;
         return ops::snapshot(&target.descriptor, &options, lock_timeout(), &job.meter()).map(drop);
     };
-    let request = SnapshotRequest { snapshot: Some(snapshot.to_string()), temporary: true };
-    let made = snapshot_service::ask_snapshot(state, entry, &request, true)?;
+    let request =
+        SnapshotRequest { snapshot: Some(snapshot.to_string()), temporary: true, ..Default::default() };
+    let made = snapshot_service::ask_snapshot(state, entry, request, true)?;
     for warning in made["warnings"].as_array().into_iter().flatten() {
         output.warn(warning.as_str().unwrap_or_default());
     }
