@@ -23,6 +23,9 @@ pub struct ConvergenceOptions {
     pub freeze_ms_wanted: u64,
     /// A freeze predicted longer than this, in milliseconds, never begins. `None`: any freeze is better than none.
     pub freeze_ms_max: Option<u64>,
+    /// From the start of the freeze command to the end of the thaw, in milliseconds: the freeze command is ended when
+    /// it is over, and the disk thawed. `None`: no limit of its own.
+    pub outage_ms_max: Option<u64>,
     /// Passes before the freeze, the first included.
     pub passes_max: u32,
     /// Stalled passes, in a row, after which more of them are no help.
@@ -31,7 +34,13 @@ pub struct ConvergenceOptions {
 
 impl Default for ConvergenceOptions {
     fn default() -> Self {
-        Self { freeze_ms_wanted: 100, freeze_ms_max: None, passes_max: 30, stalled_max: 3 }
+        Self {
+            freeze_ms_wanted: 100,
+            freeze_ms_max: None,
+            outage_ms_max: None,
+            passes_max: 30,
+            stalled_max: 3,
+        }
     }
 }
 

@@ -1,54 +1,45 @@
 //! Making writers stand still, and letting them go again whatever happens.
 //!
-//! [`Quiesce`] is what a sender asks for; who runs the operator's command and who holds the mount point is the
-//! caller's matter (in a server the command runs in the operator's process). [`Frozen`] thaws when dropped.
-//! [`LocalQuiesce`] does all of it in this process, and keeps a [`Guardian`]: a small process that thaws when this
-//! one dies. It holds one end of a pipe; when the pipe closes without the word that all is well, it ends a freeze
-//! command that still runs, and undoes the freeze. A freeze command starts only once the guardian knows its process
-//! group: there is no moment at which it could outlive this process unseen.
-//!
-//! The freeze and thaw commands are the one place where a shell reads something (H1): exactly what the local operator
-//! typed, passed on as one word, nothing inserted, in a process group of its own, killed when it takes too long. Its standard output is our
-//! standard error, as standard output may be the stream.
+//! [`Quiesce`] is what a sender asks for. [`Frozen`] thaws when dropped. [`LocalQuiesce`] does it in this very process;
+//! [`HelperQuiesce`] has it done by a [helper](helper), a small process of the disk's own that nobody's terminal, link or
+//! death can hold up, and that thaws by itself when nobody is left who would ask it to. What is frozen is written down
+//! before it is, in a [record](record), for whoever comes after a dead helper.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, killpg};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
+use ploop_core::device::runtime::ProcessMark;
 use ploop_core::io::sys;
 use ploop_core::{Error, ErrorKind, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use signal_hook::iterator::Signals;
+use serde::{Deserialize, Serialize};
 
 use crate::source::Gate;
-use crate::transport::Cancel;
 
-/// Hidden subcommand under which both programs run [`guardian_main`].
-pub const GUARDIAN_SUBCOMMAND: &str = "guardian";
-/// What a guardian reads when there is nothing to undo.
-const ALL_IS_WELL: u8 = b'd';
-/// What a guardian reads when a freeze may have begun.
-const FREEZING: u8 = b'f';
-/// What a guardian reads, with its number after it, when the process group of a freeze command is about to run.
-const GROUP: u8 = b'g';
-/// What a guardian reads when that has ended, before its number can be another's.
-const GROUP_ENDED: u8 = b'e';
-/// Runs the operator's command, its `$0`, once told to. Told nothing, as its parent has died, it runs nothing.
-const START: &str = "read -r go && exec sh -c \"$0\" </dev/null";
-/// The longest command a guardian takes.
-const COMMAND_BYTES_MAX: usize = 1 << 20;
-/// How often a running command is looked at.
-const LOOK: Duration = Duration::from_millis(2);
-/// How long a command may take to obey before it is killed.
-const OBEY: Duration = Duration::from_millis(500);
+pub mod helper;
+mod hook;
+pub mod record;
+
+pub use helper::{HELPER_SUBCOMMAND, Helper, HelperQuiesce, HelperTicket, helper_main};
+pub use hook::{FreezeHook, HOOK_TIMEOUT, Overseer, PHASE_VARIABLE, Phase, Unattended};
+pub use record::{FreezeRecord, thaw_recorded};
+
+/// How often a thaw is tried before it is called failed.
+const THAW_TRIES: u32 = 3;
+/// The pause between two of these.
+const THAW_PAUSE: Duration = Duration::from_millis(300);
+
+/// How long writers may be kept standing. Nothing here is a prediction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandstillLimits {
+    /// From the end of the freeze command to the thaw, in milliseconds.
+    pub freeze_ms_max: Option<u64>,
+    /// From the start of the freeze command to the end of the thaw, in milliseconds.
+    pub outage_ms_max: Option<u64>,
+    /// From the end of the freeze command, in milliseconds: after this nobody who still works is expected to be at it.
+    pub abandoned_ms: Option<u64>,
+}
 
 /// Stops and releases the writers of one disk. Called from the copy's thread, in this order: `sync_file_system` any
 /// number of times, then `run_hook`, `freeze_file_system`, and `thaw` in any case once `run_hook` was called.
@@ -56,12 +47,25 @@ pub trait Quiesce: Send {
     /// Writes what the mounted file system still holds in memory, so that the freeze finds little to write. Whether
     /// anything was mounted.
     fn sync_file_system(&mut self) -> Result<bool>;
+    /// Says how long what follows may take.
+    fn set_limits(&mut self, _limits: StandstillLimits) {}
     /// Runs the operator's freeze command, if there is one. [`ErrorKind::NotQuiet`] when it fails, is missing or
     /// hangs.
     fn run_hook(&mut self) -> Result<()>;
-    /// Freezes the mounted file system, if there is one.
+    /// Freezes the mounted file system, if there is one. [`ErrorKind::NotQuiet`] when it cannot be frozen, or was so late
+    /// that it has been thawed again.
     fn freeze_file_system(&mut self) -> Result<()>;
-    /// Undoes both, as far as they were done. Harmless a second time.
+    /// Whether writers stand still since [`freeze_file_system`](Self::freeze_file_system); an error when they were let
+    /// go meanwhile.
+    fn confirm(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// Whether there is a freeze command, which is not run twice unasked.
+    fn has_hook(&self) -> bool {
+        false
+    }
+    /// Undoes both, as far as they were done. Harmless a second time. [`ErrorKind::NotQuiet`], naming what still
+    /// stands, when that cannot be done.
     fn thaw(&mut self) -> Result<()>;
 }
 
@@ -104,6 +108,10 @@ impl<'a> Frozen<'a> {
         self.quiesce.as_mut().map_or(Ok(()), |quiesce| quiesce.freeze_file_system())
     }
 
+    pub(crate) fn confirm(&mut self) -> Result<()> {
+        self.quiesce.as_mut().map_or(Ok(()), |quiesce| quiesce.confirm())
+    }
+
     /// Keeps the gate closed until the thaw.
     pub(crate) fn hold(&mut self, gate: Box<dyn Gate>) {
         self.gate = Some(gate);
@@ -123,129 +131,6 @@ impl Drop for Frozen<'_> {
     fn drop(&mut self) {
         // Only after a panic is anything left to do here; nobody could be told of a failure.
         let _ = self.thaw();
-    }
-}
-
-/// The operator's command and how long it may take.
-#[derive(Clone, Debug)]
-pub struct FreezeHook {
-    /// As typed.
-    pub command: String,
-    /// It is killed after this.
-    pub timeout: Duration,
-}
-
-impl FreezeHook {
-    /// Runs the command to its end. [`ErrorKind::NotQuiet`] when it fails, cannot be run or takes too long.
-    pub fn run(&self, what: &str, cancel: Option<&Cancel>) -> Result<()> {
-        self.run_guarded(what, cancel, None)
-    }
-
-    /// As [`run`](Self::run); the guardian ends the command if this process dies before it does.
-    fn run_guarded(
-        &self,
-        what: &str,
-        cancel: Option<&Cancel>,
-        guardian: Option<&mut Guardian>,
-    ) -> Result<()> {
-        let failed = |found: String| {
-            Error::new(ErrorKind::NotQuiet, format!("{what} \"{}\": {found}", self.command))
-                .advise("run the command by hand; it must stop whatever writes to the disk and end with 0")
-        };
-        let stderr = sys::duplicate(io::stderr()).map_err(|error| failed(error.to_string()))?;
-        let child = Command::new("sh")
-            .args(["-c", START])
-            .arg(&self.command)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::from(stderr))
-            .process_group(0)
-            .spawn()
-            .map_err(|error| failed(format!("cannot be run: {error}")))?;
-        let mut running = Running { child: Some(child), guardian };
-        running.start()?;
-        match running.wait(self.timeout, cancel).map_err(|error| failed(error.to_string()))? {
-            Some(status) if status.success() => Ok(()),
-            Some(status) => Err(failed(format!("it failed ({status})"))),
-            None => {
-                drop(running);
-                cancel.map_or(Ok(()), Cancel::check)?;
-                Err(failed(format!("it took longer than {} s and was killed", self.timeout.as_secs_f64())))
-            }
-        }
-    }
-}
-
-/// A command with its process group; killed on drop unless it ended.
-struct Running<'a> {
-    child: Option<Child>,
-    /// Whoever ends it when this process dies.
-    guardian: Option<&'a mut Guardian>,
-}
-
-impl Running<'_> {
-    /// Lets the command begin.
-    fn start(&mut self) -> Result<()> {
-        let Some(child) = &mut self.child else { return Ok(()) };
-        if let Some(guardian) = &mut self.guardian {
-            guardian.tell_group(child.id())?;
-        }
-        if let Some(mut input) = child.stdin.take() {
-            // A shell that is gone already tells why by its status.
-            let _ = input.write_all(b"\n");
-        }
-        Ok(())
-    }
-
-    /// The status of the command that has ended. Its number is its own until here.
-    fn reap(&mut self) -> io::Result<Option<ExitStatus>> {
-        if let Some(guardian) = &mut self.guardian {
-            // One that cannot be told is dead, and ends nobody.
-            let _ = guardian.tell(GROUP_ENDED);
-        }
-        self.child.take().map(|mut child| child.wait()).transpose()
-    }
-
-    /// The status; `None` when it is still running after `timeout` or the copy was cancelled.
-    fn wait(&mut self, timeout: Duration, cancel: Option<&Cancel>) -> io::Result<Option<ExitStatus>> {
-        let begun = Instant::now();
-        loop {
-            let Some(child) = self.child.as_ref() else { return Ok(None) };
-            if has_ended(child)? {
-                return self.reap();
-            }
-            if begun.elapsed() >= timeout || cancel.is_some_and(Cancel::is_cancelled) {
-                return Ok(None);
-            }
-            std::thread::sleep(LOOK);
-        }
-    }
-}
-
-/// Whether a child has ended; it keeps its number until it is waited for.
-fn has_ended(child: &Child) -> io::Result<bool> {
-    let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
-    let how = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
-    match waitid(Id::Pid(Pid::from_raw(pid)), how) {
-        Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => Ok(false),
-        Ok(_) => Ok(true),
-        Err(error) => Err(error.into()),
-    }
-}
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        let Some(group) =
-            self.child.as_ref().and_then(|child| i32::try_from(child.id()).ok()).map(Pid::from_raw)
-        else {
-            return;
-        };
-        // Failures mean that it has ended meanwhile.
-        let _ = killpg(group, Signal::SIGTERM);
-        let ended = self.wait(OBEY, None).is_ok_and(|status| status.is_some());
-        let _ = killpg(group, Signal::SIGKILL);
-        if !ended {
-            let _ = self.reap();
-        }
     }
 }
 
@@ -270,7 +155,7 @@ impl MountedFileSystem {
     }
 }
 
-/// How a disk that this process (or one on this machine) serves is made quiet.
+/// How a disk on this machine is made quiet.
 #[derive(Debug, Default)]
 pub struct QuiesceOptions {
     /// The file systems on it; each is frozen, in this order, and thawed in the other.
@@ -281,40 +166,186 @@ pub struct QuiesceOptions {
     pub thaw_command: Option<String>,
     /// How long either may take.
     pub hook_timeout: Option<Duration>,
-    /// Whether to keep a guardian. The running program must then know [`GUARDIAN_SUBCOMMAND`].
-    pub guardian: bool,
+    /// Where to write down what is frozen, absolute.
+    pub record: Option<PathBuf>,
+    /// What a helper hands to its [`Lookout`](helper::Lookout) right before writers are stopped.
+    pub watch: Option<String>,
 }
-
-/// How long a command may take when nothing else was said.
-pub const HOOK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Freezes and thaws from this process.
 pub struct LocalQuiesce {
     options: QuiesceOptions,
-    cancel: Option<Cancel>,
-    guardian: Option<Guardian>,
+    overseer: Box<dyn Overseer + Send>,
+    limits: StandstillLimits,
+    record: Option<FreezeRecord>,
+    /// Since when writers may stand still.
+    begun: Option<Instant>,
     /// The hook was started: its thaw command is due.
     hook_begun: bool,
-    /// Which of the mounts are frozen by us, in this order.
+    /// Which of the file systems are frozen by us, in this order.
     frozen: Vec<usize>,
+    /// When all of it is undone, whoever asks for it or not.
+    deadline: Option<Instant>,
+    /// That has come.
+    is_expired: bool,
 }
 
 impl LocalQuiesce {
-    /// Starts the guardian. The file systems were opened before: opening one later could wait for its freeze.
-    pub fn new(options: QuiesceOptions, cancel: Option<Cancel>) -> Result<Self> {
-        let mut local = Self { options, cancel, guardian: None, hook_begun: false, frozen: Vec::new() };
-        // A thaw command comes with a freeze command.
-        let needs_guardian = !local.options.file_systems.is_empty()
-            || local.options.freeze_command.is_some()
-            || local.options.thaw_command.is_some();
-        if local.options.guardian && needs_guardian {
-            local.guardian = Some(Guardian::start(&local.options)?);
-        }
-        Ok(local)
+    /// Of these file systems, with these commands. They were opened before: opening one later could wait for its freeze.
+    pub fn new(options: QuiesceOptions) -> Self {
+        Self::overseen(options, Box::new(Unattended))
     }
 
-    fn hook(&self, command: &str) -> FreezeHook {
-        FreezeHook { command: command.into(), timeout: self.options.hook_timeout.unwrap_or(HOOK_TIMEOUT) }
+    /// As [`new`](Self::new); `overseer` looks after the commands.
+    pub(crate) fn overseen(options: QuiesceOptions, overseer: Box<dyn Overseer + Send>) -> Self {
+        Self {
+            options,
+            overseer,
+            limits: StandstillLimits::default(),
+            record: None,
+            begun: None,
+            hook_begun: false,
+            frozen: Vec::new(),
+            deadline: None,
+            is_expired: false,
+        }
+    }
+
+    /// When [`expire`](Self::expire) is due.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Whether anything is to be undone.
+    pub(crate) fn is_due(&self) -> bool {
+        self.begun.is_some()
+    }
+
+    /// Lets writers go, as the time is over.
+    pub(crate) fn expire(&mut self) -> Result<()> {
+        self.is_expired = true;
+        self.undo()
+    }
+
+    fn hook_timeout(&self) -> Duration {
+        self.options.hook_timeout.unwrap_or(HOOK_TIMEOUT)
+    }
+
+    /// From now on writers may stand still: that is written down before.
+    fn begin(&mut self) -> Result<Instant> {
+        if let Some(begun) = self.begun {
+            return Ok(begun);
+        }
+        self.is_expired = false;
+        if self.options.record.is_some() {
+            self.record = Some(FreezeRecord::new(
+                &self.options.file_systems,
+                self.options.thaw_command.as_deref(),
+                self.hook_timeout(),
+            )?);
+            if let (Some(record), Some(path)) = (&self.record, &self.options.record)
+                && let Err(error) = record.create(path)
+            {
+                self.record = None;
+                return Err(error);
+            }
+        }
+        let now = Instant::now();
+        self.begun = Some(now);
+        Ok(now)
+    }
+
+    /// Writes the record as it is now.
+    fn note(&self) -> Result<()> {
+        match (&self.record, &self.options.record) {
+            (Some(record), Some(path)) => record.write(path),
+            _ => Ok(()),
+        }
+    }
+
+    /// Undoes all, the rest also when a part fails.
+    fn undo(&mut self) -> Result<()> {
+        self.deadline = None;
+        let mut result = Ok(());
+        while let Some(file_system) = self.frozen.last().and_then(|last| self.options.file_systems.get(*last))
+        {
+            result = record::thaw_one(file_system);
+            if result.is_err() {
+                break;
+            }
+            self.frozen.pop();
+        }
+        if self.hook_begun {
+            // Not to be cut short: nothing else would undo the freeze command.
+            result = result.and(self.run_thaw_command());
+        }
+        match (&result, &mut self.record) {
+            (Err(error), Some(record)) => {
+                record.failure = Some(error.to_string());
+                // It says already what is frozen.
+                let _ = self.note();
+            }
+            (Err(_), None) => {}
+            (Ok(()), _) => {
+                self.begun = None;
+                self.record = None;
+                if let Some(path) = &self.options.record {
+                    return FreezeRecord::remove(path);
+                }
+            }
+        }
+        result
+    }
+
+    fn run_thaw_command(&mut self) -> Result<()> {
+        let Some(command) = self.options.thaw_command.clone() else {
+            self.hook_begun = false;
+            return Ok(());
+        };
+        let timeout = self.hook_timeout();
+        let hook = FreezeHook { phase: Phase::Thaw, command: command.clone(), timeout };
+        let mut overseer = Lenient(&mut *self.overseer);
+        record::thaw_command(&command, || hook.run(&mut overseer))?;
+        self.hook_begun = false;
+        Ok(())
+    }
+}
+
+/// Never revokes: a thaw is carried through.
+struct Lenient<'a>(&'a mut dyn Overseer);
+
+impl Overseer for Lenient<'_> {
+    fn begins(&mut self, _group: u32) -> Result<()> {
+        Ok(())
+    }
+    fn is_revoked(&mut self) -> bool {
+        false
+    }
+    fn printed(&mut self, text: &[u8]) {
+        self.0.printed(text);
+    }
+}
+
+/// Writes down which freeze command runs before it begins.
+struct Noting<'a> {
+    overseer: &'a mut dyn Overseer,
+    record: Option<(&'a mut FreezeRecord, &'a Path)>,
+}
+
+impl Overseer for Noting<'_> {
+    fn begins(&mut self, group: u32) -> Result<()> {
+        if let Some((record, path)) = &mut self.record {
+            record.hook = ProcessMark::of(group);
+            record.hook_begun = true;
+            record.write(path)?;
+        }
+        self.overseer.begins(group)
+    }
+    fn is_revoked(&mut self) -> bool {
+        self.overseer.is_revoked()
+    }
+    fn printed(&mut self, text: &[u8]) {
+        self.overseer.printed(text);
     }
 }
 
@@ -327,20 +358,46 @@ impl Quiesce for LocalQuiesce {
         Ok(!self.options.file_systems.is_empty())
     }
 
+    fn set_limits(&mut self, limits: StandstillLimits) {
+        self.limits = limits;
+    }
+
+    fn has_hook(&self) -> bool {
+        self.options.freeze_command.is_some()
+    }
+
     fn run_hook(&mut self) -> Result<()> {
-        if let Some(guardian) = &mut self.guardian {
-            guardian.tell(FREEZING)?;
-        }
+        let begun = self.begin()?;
         let Some(command) = self.options.freeze_command.clone() else { return Ok(()) };
+        let mut timeout = self.hook_timeout();
+        let outage = self.limits.outage_ms_max.map(Duration::from_millis);
+        let is_outage = outage.is_some_and(|outage| outage < timeout);
+        if let Some(outage) = outage {
+            timeout = timeout.min(outage.saturating_sub(begun.elapsed()));
+        }
         self.hook_begun = true;
-        self.hook(&command).run_guarded("freeze command", self.cancel.as_ref(), self.guardian.as_mut())
+        let hook = FreezeHook { phase: Phase::Freeze, command, timeout };
+        let started = Instant::now();
+        let record = self.record.as_mut().zip(self.options.record.as_deref());
+        let ran = hook.run(&mut Noting { overseer: &mut *self.overseer, record });
+        if let Some(record) = &mut self.record {
+            record.hook = None;
+            self.note()?;
+        }
+        ran.map_err(|error| match outage {
+            Some(outage) if is_outage && started.elapsed() >= timeout => Error::new(
+                ErrorKind::NotQuiet,
+                format!("{error}: the whole outage may last {} ms", outage.as_millis()),
+            )
+            .advise("allow a longer outage (--max-outage), or make the freeze command faster"),
+            _ => error,
+        })
     }
 
     fn freeze_file_system(&mut self) -> Result<()> {
         // Again, for a caller that has no hook to run.
-        if let Some(guardian) = &mut self.guardian {
-            guardian.tell(FREEZING)?;
-        }
+        let begun = self.begin()?;
+        let hooked = Instant::now();
         for (index, MountedFileSystem { name, folder }) in self.options.file_systems.iter().enumerate() {
             match sys::freeze_file_system(folder.as_fd()) {
                 Ok(()) => self.frozen.push(index),
@@ -354,285 +411,62 @@ impl Quiesce for LocalQuiesce {
                 }
             }
         }
+        let took = hooked.elapsed();
+        let end =
+            |from: Instant, ms: Option<u64>| ms.and_then(|ms| from.checked_add(Duration::from_millis(ms)));
+        let limits = self.limits;
+        let ends = [
+            end(hooked, limits.freeze_ms_max),
+            end(begun, limits.outage_ms_max),
+            end(hooked, limits.abandoned_ms),
+        ];
+        self.deadline = ends.into_iter().flatten().min();
+        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            // A freeze cannot be cut short from outside; its length is known at its end.
+            self.expire()?;
+            let (ms, option) = match limits.freeze_ms_max {
+                Some(ms) if took >= Duration::from_millis(ms) => (ms, "the freeze may last"),
+                _ => (limits.outage_ms_max.or(limits.abandoned_ms).unwrap_or(0), "the outage may last"),
+            };
+            let message =
+                format!("freezing the file system took {} ms, and {option} {ms} ms in all", took.as_millis());
+            return Err(Error::new(ErrorKind::NotQuiet, message)
+                .advise("the disk runs again; allow more, or copy when less is written"));
+        }
         Ok(())
     }
 
+    fn confirm(&mut self) -> Result<()> {
+        if !self.is_expired {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::NotQuiet,
+            "the time for which the disk may stand still was over, and it was thawed",
+        )
+        .advise("allow a longer freeze, or copy when less is written"))
+    }
+
     fn thaw(&mut self) -> Result<()> {
-        let mut result = Ok(());
-        while let Some(MountedFileSystem { name, folder }) =
-            self.frozen.last().and_then(|last| self.options.file_systems.get(*last))
-        {
-            if let Err(error) = sys::thaw_file_system(folder.as_fd())
-                // Somebody else has thawed it: what was wanted.
-                && error.kind() != io::ErrorKind::InvalidInput
-            {
-                let error = Error::io(ErrorKind::System, "thaw file system", error).at_path(name);
-                result = Err(error.advise(format!("thaw it by hand: fsfreeze -u {name}")));
-                break;
-            }
-            self.frozen.pop();
+        if self.begun.is_none() && self.frozen.is_empty() && !self.hook_begun {
+            return Ok(());
         }
-        if std::mem::take(&mut self.hook_begun)
-            && let Some(command) = self.options.thaw_command.clone()
-        {
-            // Not to be cut short: nothing else would undo the freeze command.
-            result = result.and(self.hook(&command).run("thaw command", None));
-        }
-        if result.is_ok()
-            && let Some(guardian) = &mut self.guardian
-        {
-            // A guardian that cannot be told thaws once more, which is harmless.
-            let _ = guardian.tell(ALL_IS_WELL);
-        }
-        result
+        self.undo()
     }
 }
 
 impl Drop for LocalQuiesce {
     fn drop(&mut self) {
-        if !self.frozen.is_empty() || self.hook_begun {
-            // Nobody could be told of a failure but the guardian, which then tries as well.
+        if self.begun.is_some() {
+            // Nobody could be told of a failure; the record stays.
             let _ = self.thaw();
         }
     }
 }
 
-/// A process that thaws when this one is gone.
-#[derive(Debug)]
-pub struct Guardian {
-    pipe: Option<File>,
-    child: Child,
-}
-
-impl Guardian {
-    /// Starts this very program again as a guardian.
-    pub fn start(options: &QuiesceOptions) -> Result<Self> {
-        let program = std::env::current_exe().map_err(cannot_start)?;
-        Self::start_program(&program, options)
-    }
-
-    /// Starts `program`, which must know [`GUARDIAN_SUBCOMMAND`].
-    pub fn start_program(program: &Path, options: &QuiesceOptions) -> Result<Self> {
-        let mut child = Command::new(program)
-            .arg(GUARDIAN_SUBCOMMAND)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .process_group(0)
-            .current_dir("/")
-            .spawn()
-            .map_err(cannot_start)?;
-        let pipe = child.stdin.take().map(|pipe| File::from(OwnedFd::from(pipe)));
-        let ready = child.stdout.take();
-        let mut guardian = Self { pipe, child };
-        let timeout = options.hook_timeout.unwrap_or(HOOK_TIMEOUT);
-        let mut parts =
-            vec![timeout.as_millis().to_string(), options.thaw_command.clone().unwrap_or_default()];
-        for file_system in &options.file_systems {
-            // This very descriptor, reopened: what lies at the path of the mount point does not matter.
-            parts.push(format!("/proc/{}/fd/{}", std::process::id(), file_system.folder.as_raw_fd()));
-        }
-        let order = serde_json::to_vec(&parts)
-            .map_err(|error| Error::new(ErrorKind::System, "tell the guardian its task").caused_by(error))?;
-        let len = u32::try_from(order.len()).unwrap_or(u32::MAX);
-        guardian.write(&len.to_le_bytes())?;
-        guardian.write(&order)?;
-        // It answers when it holds the mount points open: from then on it can thaw without opening anything.
-        let mut answer = [0];
-        match ready.map(|mut ready| ready.read_exact(&mut answer)) {
-            Some(Ok(())) => Ok(guardian),
-            _ => Err(Error::new(ErrorKind::System, "start the guardian: it did not get ready")
-                .advise("see its message above")),
-        }
-    }
-
-    fn tell(&mut self, word: u8) -> Result<()> {
-        self.write(&[word])
-    }
-
-    /// Both at once: a pipe takes so few bytes whole or not at all.
-    fn tell_group(&mut self, group: u32) -> Result<()> {
-        let mut words = vec![GROUP];
-        words.extend(group.to_le_bytes());
-        self.write(&words)
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        let written = self.pipe.as_mut().map_or(Ok(()), |pipe| pipe.write_all(bytes));
-        written.map_err(|error| Error::io(ErrorKind::System, "talk to the guardian", error))
-    }
-}
-
-fn cannot_start(error: io::Error) -> Error {
-    Error::io(ErrorKind::System, "start the guardian that thaws when this program dies", error)
-}
-
-impl Drop for Guardian {
-    fn drop(&mut self) {
-        // It sees the pipe close, thaws if the last word was not "all is well", and ends.
-        self.pipe = None;
-        let _ = self.child.wait();
-    }
-}
-
-/// What the hidden subcommand does: waits for the pipe on standard input to close, and thaws if the last word on it
-/// was that a freeze may have begun. Returns the exit code.
-pub fn guardian_main() -> u8 {
-    // The terminal's signals and a polite end are not for it: it goes when its pipe does. Caught, not blocked: what the
-    // thaw command starts would inherit a mask, and could not be stopped any more.
-    let guarded = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT]).and_then(|_caught| guard());
-    match guarded {
-        Ok(()) => 0,
-        Err(error) => {
-            // The program that could report it is gone; this is the last place that can.
-            let _ = writeln!(io::stderr(), "guardian: {error}");
-            ErrorKind::System.exit_code()
-        }
-    }
-}
-
-fn guard() -> io::Result<()> {
-    let mut input = File::from(sys::duplicate(io::stdin())?);
-    let mut len = [0; 4];
-    input.read_exact(&mut len)?;
-    let len = usize::try_from(u32::from_le_bytes(len)).unwrap_or(usize::MAX);
-    if len > COMMAND_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the task is too long"));
-    }
-    let mut order = vec![0; len];
-    input.read_exact(&mut order)?;
-    let parts: Vec<String> = serde_json::from_slice(&order).map_err(io::Error::other)?;
-    let [timeout, command, paths @ ..] = parts.as_slice() else {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the task is not complete"));
-    };
-    let timeout = Duration::from_millis(timeout.parse().unwrap_or(60_000));
-    let mut mounts = Vec::new();
-    for path in paths {
-        mounts.push((path, sys::open_folder(Path::new(path))?));
-    }
-    io::stdout().write_all(b"r")?;
-    io::stdout().flush()?;
-    let (mut word, mut last, mut group) = ([0], ALL_IS_WELL, None);
-    loop {
-        match input.read(&mut word) {
-            Ok(0) => break,
-            Ok(_) => match word[0] {
-                GROUP => {
-                    let mut number = [0; 4];
-                    input.read_exact(&mut number)?;
-                    group = i32::try_from(u32::from_le_bytes(number)).ok();
-                }
-                GROUP_ENDED => group = None,
-                other => last = other,
-            },
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    if let Some(group) = group.filter(|&group| group > 1) {
-        // First: what it froze later on would stay frozen.
-        end_group(Pid::from_raw(group));
-        _ = writeln!(io::stderr(), "guardian: the freeze command was ended, as the copy died");
-    }
-    if last == ALL_IS_WELL {
-        return Ok(());
-    }
-    let mut result = Ok(());
-    for (path, folder) in mounts.iter().rev() {
-        match sys::thaw_file_system(folder.as_fd()) {
-            Ok(()) => _ = writeln!(io::stderr(), "guardian: {path} was thawed, as the copy died"),
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
-            Err(error) => result = Err(error),
-        }
-    }
-    if !command.is_empty() {
-        let hook = FreezeHook { command: command.clone(), timeout };
-        result = result.and(hook.run("thaw command", None).map_err(io::Error::other));
-    }
-    result
-}
-
-/// Ends a process group, politely at first. Failures mean that it has ended meanwhile.
-fn end_group(group: Pid) {
-    let _ = killpg(group, Signal::SIGTERM);
-    let begun = Instant::now();
-    while killpg(group, None).is_ok() && begun.elapsed() < OBEY {
-        std::thread::sleep(LOOK);
-    }
-    let _ = killpg(group, Signal::SIGKILL);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn hook(command: &str, timeout_ms: u64) -> Result<()> {
-        FreezeHook { command: command.into(), timeout: Duration::from_millis(timeout_ms) }.run("hook", None)
-    }
-
-    #[test]
-    fn a_hook_succeeds_or_is_not_quiet() {
-        hook("true && exit 0", 10_000).unwrap();
-        for wrong in ["exit 3", "/nonexistent/command"] {
-            assert_eq!(hook(wrong, 10_000).unwrap_err().kind(), ErrorKind::NotQuiet, "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_hanging_hook_is_killed_with_what_it_started() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("child");
-        let command = format!("sleep 1000 & echo $! > {}; wait", file.display());
-        // A busy machine may take longer to start it than the first of these.
-        for timeout_ms in [100, 1000, 10_000, 100_000] {
-            let error = hook(&command, timeout_ms).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::NotQuiet);
-            assert!(error.to_string().contains("killed"), "{error}");
-            let child = std::fs::read_to_string(&file).unwrap_or_default();
-            if let Ok(child) = child.trim().parse() {
-                // Its death is on the way; who reaps it is not ours to know.
-                let gone = || match std::fs::read_to_string(format!("/proc/{}/stat", Pid::from_raw(child))) {
-                    Ok(status) => status.rsplit(')').next().is_some_and(|rest| rest.trim().starts_with('Z')),
-                    Err(_) => true,
-                };
-                let is_gone = (0..10_000).any(|_| {
-                    std::thread::sleep(LOOK);
-                    gone()
-                });
-                assert!(is_gone, "its child lives on");
-                return;
-            }
-        }
-        panic!("it was never started");
-    }
-
-    #[test]
-    fn cancelling_ends_a_hook() {
-        let cancel = Cancel::new().unwrap();
-        cancel.cancel();
-        let hook = FreezeHook { command: "sleep 10".into(), timeout: Duration::from_secs(10) };
-        assert_eq!(hook.run("hook", Some(&cancel)).unwrap_err().kind(), ErrorKind::Cancelled);
-    }
-
-    #[test]
-    fn a_command_whose_parent_died_before_the_guardian_knew_of_it_runs_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("ran");
-        let mut command = Command::new("sh");
-        command.args(["-c", START]).arg(format!("touch {}", file.display())).stdin(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        drop(child.stdin.take());
-        assert!(!child.wait().unwrap().success());
-        assert!(!file.exists());
-    }
-
-    #[test]
-    fn a_command_comes_to_its_shell_as_it_was_typed() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("said");
-        let command = format!("a='x  y'; printf '%s|%s|' \"$a\" \"$#\" > {0}; cat >> {0}", file.display());
-        hook(&command, 10_000).unwrap();
-        assert_eq!(std::fs::read_to_string(file).unwrap(), "x  y|0|", "and nothing on its standard input");
-    }
 
     #[test]
     fn the_thaw_command_runs_also_after_a_failed_hook() {
@@ -643,12 +477,79 @@ mod tests {
             thaw_command: Some(format!("echo x >> {}", thawed.display())),
             ..Default::default()
         };
-        let mut quiesce = LocalQuiesce::new(options, None).unwrap();
+        let mut quiesce = LocalQuiesce::new(options);
         {
             let mut frozen = Frozen::begin(&mut quiesce);
             assert!(frozen.run_hook().is_err());
         }
         drop(quiesce);
         assert_eq!(std::fs::read_to_string(thawed).unwrap(), "x\n", "once");
+    }
+
+    #[test]
+    fn a_thaw_command_that_fails_is_tried_again_and_what_stands_stays_written_down() {
+        let folder = tempfile::tempdir().unwrap();
+        let (tries, record) = (folder.path().join("tries"), folder.path().join("frozen.json"));
+        let count = || std::fs::read_to_string(&tries).unwrap_or_default().len();
+        let mut quiesce = |succeeds_at: usize| {
+            std::fs::remove_file(&tries).ok();
+            let tries = tries.display();
+            LocalQuiesce::new(QuiesceOptions {
+                freeze_command: Some("true".into()),
+                thaw_command: Some(format!("printf x >> {tries}; [ $(wc -c < {tries}) -ge {succeeds_at} ]")),
+                record: Some(record.clone()),
+                ..Default::default()
+            })
+        };
+        let mut once = quiesce(2);
+        once.run_hook().unwrap();
+        assert!(FreezeRecord::read(&record).unwrap().unwrap().hook_begun);
+        once.thaw().unwrap();
+        assert_eq!((count(), record.exists()), (2, false));
+        let mut always = quiesce(99);
+        always.run_hook().unwrap();
+        let error = always.thaw().unwrap_err();
+        assert_eq!((error.kind(), count()), (ErrorKind::NotQuiet, 3));
+        assert!(error.to_string().contains("still stands") && error.advice().is_some(), "{error}");
+        let noted = FreezeRecord::read(&record).unwrap().unwrap();
+        assert!(noted.failure.is_some() && noted.what_stands().1.contains("printf x"), "{noted:?}");
+        // Nobody need tell how: what is written down is enough.
+        always.hook_begun = false;
+        always.begun = None;
+        std::fs::write(&tries, "x".repeat(98)).unwrap();
+        assert!(thaw_recorded(&record, || Ok(Vec::new())).unwrap());
+        assert_eq!((count(), record.exists()), (99, false));
+        assert!(!thaw_recorded(&record, || Ok(Vec::new())).unwrap(), "nothing is left");
+    }
+
+    #[test]
+    fn an_outage_that_is_over_ends_the_hook_and_the_thaw_command_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let mark = folder.path().join("thawed");
+        let mut quiesce = LocalQuiesce::new(QuiesceOptions {
+            freeze_command: Some("sleep 1000".into()),
+            thaw_command: Some(format!("touch {}", mark.display())),
+            ..Default::default()
+        });
+        quiesce.set_limits(StandstillLimits { outage_ms_max: Some(50), ..Default::default() });
+        let error = quiesce.run_hook().unwrap_err();
+        assert!(error.to_string().contains("the whole outage may last 50 ms"), "{error}");
+        quiesce.thaw().unwrap();
+        assert!(mark.exists());
+    }
+
+    #[test]
+    fn what_was_let_go_is_not_confirmed() {
+        let mut quiesce = LocalQuiesce::new(QuiesceOptions::default());
+        quiesce.set_limits(StandstillLimits { abandoned_ms: Some(100_000), ..Default::default() });
+        quiesce.run_hook().unwrap();
+        quiesce.freeze_file_system().unwrap();
+        quiesce.confirm().unwrap();
+        assert!(quiesce.deadline().is_some());
+        quiesce.expire().unwrap();
+        assert_eq!(quiesce.confirm().unwrap_err().kind(), ErrorKind::NotQuiet);
+        quiesce.thaw().unwrap();
+        quiesce.set_limits(StandstillLimits { freeze_ms_max: Some(0), ..Default::default() });
+        assert!(quiesce.freeze_file_system().unwrap_err().to_string().contains("may last 0 ms"));
     }
 }

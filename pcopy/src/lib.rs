@@ -46,7 +46,10 @@ pub mod transport;
 mod verify;
 pub mod wire;
 
-pub use freeze::{LocalQuiesce, MountedFileSystem, NothingToQuiesce, Quiesce, QuiesceOptions, guardian_main};
+pub use freeze::{
+    Helper, HelperQuiesce, LocalQuiesce, MountedFileSystem, NothingToQuiesce, Quiesce, QuiesceOptions,
+    helper_main,
+};
 pub use original::send_original;
 pub use receiver::{ReceiveOptions, receive};
 pub use sender::{SendOptions, send, send_chain};

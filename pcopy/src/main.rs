@@ -63,9 +63,9 @@ enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 120)]
         stall_timeout: u64,
     },
-    /// Thaws what a dead copy has frozen
-    #[command(name = pcopy::freeze::GUARDIAN_SUBCOMMAND, hide = true)]
-    Guardian,
+    /// Freezes and thaws for a copy
+    #[command(name = pcopy::freeze::HELPER_SUBCOMMAND, hide = true)]
+    FreezeHelper,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -160,7 +160,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 report.seconds
             );
         }
-        Command::Guardian => return Ok(pcopy::guardian_main().into()),
+        Command::FreezeHelper => return Ok(pcopy::helper_main(|_| Ok(())).into()),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -20,13 +20,15 @@ use std::time::{Duration, Instant};
 use ploop_core::{Error, ErrorKind, Result};
 
 use crate::course::Course;
-use crate::freeze::{Frozen, Quiesce};
+use crate::freeze::{Frozen, Quiesce, StandstillLimits};
 use crate::freeze_limit::FreezeLimit;
 use crate::stats::{Event, milliseconds};
 
 /// Further rounds over what is written although writers stand still. (A sync by anybody on the host writes a block
 /// of a frozen ext4, so the first ones are no error.)
 const FROZEN_ROUNDS_MAX: u32 = 2;
+/// How much later than this process, which tells why, the helper thaws.
+const ABANDONED_SLACK: Duration = Duration::from_secs(5);
 
 /// A sender, as far as a standstill needs one.
 pub(crate) trait Sweeper<'a> {
@@ -63,6 +65,7 @@ impl<'a> Standstill<'a> {
         let begun = Instant::now();
         self.begun = Some(begun);
         let Some(quiesce) = self.quiesce.take() else { return Err(out_of_order()) };
+        quiesce.set_limits(limits(course));
         let frozen = self.frozen.insert(Frozen::begin(quiesce));
         frozen.run_hook()?;
         course.downtime.hook_ms = milliseconds(begun.elapsed());
@@ -110,7 +113,10 @@ impl<'a> Standstill<'a> {
         let course = sender.course();
         let gate = course.source.close_gate(course.options.gate_timeout)?;
         self.gate_closed = Some(Instant::now());
-        self.frozen.as_mut().ok_or_else(out_of_order)?.hold(gate);
+        let frozen = self.frozen.as_mut().ok_or_else(out_of_order)?;
+        frozen.hold(gate);
+        // From here on a thaw changes nothing of what is sent.
+        frozen.confirm()?;
         sender.sweep_frozen(true)?;
         let course = sender.course();
         course.downtime.last_pass_ms = milliseconds(begun.elapsed());
@@ -156,6 +162,16 @@ fn allowed(course: &Course<'_>, predicted_freeze_ms: u64) -> Duration {
     let foreseen = Duration::from_millis(predicted_freeze_ms);
     let accepted = Duration::from_millis(course.options.convergence.freeze_ms_max.unwrap_or(0));
     foreseen.saturating_add(course.options.freeze_stall_timeout).max(accepted)
+}
+
+/// How long whoever freezes lets the disk stand still at most, also when this process is stopped or gone.
+fn limits(course: &Course<'_>) -> StandstillLimits {
+    let allowed = allowed(course, course.predicted_freeze_ms()).saturating_add(ABANDONED_SLACK);
+    StandstillLimits {
+        freeze_ms_max: course.options.convergence.freeze_ms_max,
+        outage_ms_max: course.options.convergence.outage_ms_max,
+        abandoned_ms: Some(u64::try_from(allowed.as_millis()).unwrap_or(u64::MAX)),
+    }
 }
 
 fn out_of_order() -> Error {

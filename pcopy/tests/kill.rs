@@ -1,5 +1,5 @@
 //! Real processes, killed at any byte of the stream: the survivor fails or has finished, nothing half-done has the final
-//! name, the source is untouched, and the next attempt over the left-overs succeeds. And the guardian.
+//! name, the source is untouched, and the next attempt over the left-overs succeeds. And the process that freezes and thaws.
 //!
 //! `PLOOP_KILL_TRIALS` sets the number of trials of each kind.
 #![allow(
@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use pcopy::freeze::{FreezeRecord, StandstillLimits, thaw_recorded};
+use pcopy::{Helper, HelperQuiesce, LocalQuiesce, MountedFileSystem, Quiesce, QuiesceOptions};
 use ploop_core::Extent;
 use ploop_core::device::{Client, Disk, DiskOptions};
 use ploop_core::io::{Access, pool, sys};
@@ -320,71 +322,127 @@ fn a_killed_side_of_a_two_way_copy_is_noticed() {
     }
 }
 
-/// Starts a guardian as a copy does; returns it ready.
-fn guardian(parts: &[&str]) -> Process {
-    let mut process = Process::start(&["guardian"], Stdio::piped(), Stdio::piped());
-    let order = serde_json::to_vec(&parts).unwrap();
-    let input = process.0.stdin.as_mut().unwrap();
-    input.write_all(&u32::try_from(order.len()).unwrap().to_le_bytes()).unwrap();
-    input.write_all(&order).unwrap();
-    let mut ready = [0];
-    process.0.stdout.take().unwrap().read_exact(&mut ready).unwrap();
-    process
+/// Starts a helper as a copy does.
+fn helper(options: QuiesceOptions) -> Helper {
+    Helper::start_program(Path::new(PCOPY), options, &[]).unwrap()
+}
+
+/// Waits until the process of a helper is gone.
+fn wait_for_end(helper: u32) {
+    wait_until("the helper has ended", || !is_running(helper));
 }
 
 #[test]
-fn the_guardian_runs_the_thaw_command_only_when_the_copy_died_frozen() {
+fn a_helper_runs_the_thaw_command_only_when_nobody_else_did() {
     let folder = referee::folder();
-    for (words, expected) in [(&b""[..], false), (b"f", true), (b"fd", false), (b"fdf", true)] {
-        let mark = folder.path().join("thawed");
+    let (mark, record) = (folder.path().join("thawed"), folder.path().join("frozen.json"));
+    for (runs_hook, is_thawed, expected) in [(false, false, 0), (true, false, 1), (true, true, 1)] {
         let _ = std::fs::remove_file(&mark);
-        let mut process = guardian(&["60000", &format!("touch {}", mark.display())]);
+        let helper = helper(QuiesceOptions {
+            freeze_command: Some("true".into()),
+            thaw_command: Some(format!("echo >> {}", mark.display())),
+            record: Some(record.clone()),
+            ..Default::default()
+        });
+        let process = helper.ticket.process.id;
         // Politeness does not move it.
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(process.0.id()).unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-        let mut input = process.0.stdin.take().unwrap();
-        input.write_all(words).unwrap();
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(process).unwrap());
+        for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGHUP] {
+            nix::sys::signal::kill(pid, signal).unwrap();
+        }
+        let mut quiesce = HelperQuiesce::new(helper, None, None);
+        if runs_hook {
+            quiesce.run_hook().unwrap();
+            quiesce.freeze_file_system().unwrap();
+            quiesce.confirm().unwrap();
+            assert!(FreezeRecord::read(&record).unwrap().unwrap().hook_begun);
+        }
         assert!(!mark.exists());
-        drop(input);
-        assert_eq!(process.code(), Some(0));
-        assert_eq!(mark.exists(), expected, "{words:?}");
+        if is_thawed {
+            quiesce.thaw().unwrap();
+        }
+        quiesce.abandon();
+        wait_for_end(process);
+        let lines = std::fs::read_to_string(&mark).unwrap_or_default().len();
+        assert_eq!((lines, record.exists()), (expected, false), "{runs_hook} {is_thawed}");
     }
 }
 
 #[test]
-fn the_guardian_ends_a_freeze_command_whose_copy_died_and_no_other() {
-    use std::os::unix::process::CommandExt;
-    for (is_told_of_its_end, obeys) in [(false, true), (false, false), (true, true)] {
+fn a_helper_ends_the_freeze_command_of_a_dead_copy_with_its_children() {
+    for obeys in [true, false] {
         let folder = referee::folder();
-        let mark = folder.path().join("thawed");
-        let mut process = guardian(&["60000", &format!("touch {}", mark.display())]);
+        let (mark, child) = (folder.path().join("thawed"), folder.path().join("child"));
         // With a child of its own, which would live on if only the shell was killed.
         let trap = if obeys { "" } else { "trap '' TERM;" };
-        let command = format!("{trap} sleep 600 & echo $!; wait; sleep 600");
-        let mut hook = Command::new("sh");
-        hook.args(["-c", &command]).stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
-        let mut hook = Process(hook.spawn().unwrap());
-        let mut line = String::new();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(hook.0.stdout.take().unwrap()), &mut line)
-            .unwrap();
-        let child: u32 = line.trim().parse().unwrap();
-        let mut words = vec![b'f', b'g'];
-        words.extend(hook.0.id().to_le_bytes());
-        if is_told_of_its_end {
-            words.push(b'e');
-        }
-        let mut input = process.0.stdin.take().unwrap();
-        input.write_all(&words).unwrap();
-        drop(input);
-        assert_eq!(process.code(), Some(0));
+        let command = format!("{trap} sleep 600 & echo $! > {}; wait; sleep 600", child.display());
+        let helper = helper(QuiesceOptions {
+            freeze_command: Some(command),
+            thaw_command: Some(format!("touch {}", mark.display())),
+            ..Default::default()
+        });
+        let process = helper.ticket.process.id;
+        let cancel = pcopy::Cancel::new().unwrap();
+        let mut quiesce = HelperQuiesce::new(helper, Some(cancel.clone()), None);
+        let running = std::thread::spawn(move || {
+            let ran = quiesce.run_hook();
+            quiesce.abandon();
+            ran
+        });
+        let number = || std::fs::read_to_string(&child).ok()?.trim().parse::<u32>().ok();
+        wait_until("the freeze command runs", || number().is_some());
+        cancel.cancel();
+        assert_eq!(running.join().unwrap().unwrap_err().kind(), ploop_core::ErrorKind::Cancelled);
+        wait_for_end(process);
         assert!(mark.exists());
-        if is_told_of_its_end {
-            assert!(is_running(child));
-            let group = nix::unistd::Pid::from_raw(i32::try_from(hook.0.id()).unwrap());
-            nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL).unwrap();
-        }
-        assert_eq!(hook.code(), None, "ended by a signal");
-        wait_until("no child of the freeze command runs any more", || !is_running(child));
+        wait_until("no child of the freeze command runs any more", || !number().is_some_and(is_running));
+    }
+}
+
+#[test]
+fn a_helper_whose_time_is_over_thaws_and_says_so() {
+    let folder = referee::folder();
+    let mark = folder.path().join("thawed");
+    let helper = helper(QuiesceOptions {
+        freeze_command: Some("true".into()),
+        thaw_command: Some(format!("touch {}", mark.display())),
+        ..Default::default()
+    });
+    let mut quiesce = HelperQuiesce::new(helper, None, None);
+    quiesce.set_limits(StandstillLimits { abandoned_ms: Some(200), ..Default::default() });
+    quiesce.run_hook().unwrap();
+    quiesce.freeze_file_system().unwrap();
+    // Whoever holds the connection does nothing any more, as if it was stopped.
+    wait_until("the thaw command has run", || mark.exists());
+    let error = quiesce.confirm().unwrap_err();
+    assert_eq!(error.kind(), ploop_core::ErrorKind::NotQuiet);
+    quiesce.thaw().unwrap();
+}
+
+#[test]
+fn what_a_killed_helper_has_left_is_thawed_by_its_record() {
+    let folder = referee::folder();
+    let (mark, record) = (folder.path().join("thawed"), folder.path().join("frozen.json"));
+    for by in [nix::sys::signal::Signal::SIGKILL, nix::sys::signal::Signal::SIGSTOP] {
+        let _ = std::fs::remove_file(&mark);
+        let helper = helper(QuiesceOptions {
+            freeze_command: Some("true".into()),
+            thaw_command: Some(format!("touch {}", mark.display())),
+            record: Some(record.clone()),
+            ..Default::default()
+        });
+        let process = helper.ticket.process;
+        let path = record.clone();
+        let rescue = Box::new(move || thaw_recorded(&path, || Ok(Vec::new())).map(drop));
+        let mut quiesce = HelperQuiesce::new(helper, None, Some(rescue));
+        quiesce.run_hook().unwrap();
+        quiesce.freeze_file_system().unwrap();
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(process.id).unwrap());
+        nix::sys::signal::kill(pid, by).unwrap();
+        assert_eq!(quiesce.confirm().unwrap_err().kind(), ploop_core::ErrorKind::NotQuiet);
+        quiesce.thaw().unwrap();
+        assert!(mark.exists() && !record.exists());
+        assert!(!process.is_running());
     }
 }
 
@@ -427,8 +485,7 @@ impl Drop for Mounted {
 }
 
 #[test]
-fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
-    use pcopy::{LocalQuiesce, MountedFileSystem, Quiesce, QuiesceOptions};
+fn a_frozen_file_system_is_thawed_by_the_helper_and_by_the_copy() {
     use std::os::fd::AsFd;
     let root = referee::folder();
     let mounted = match Mounted::new(root.path()) {
@@ -448,23 +505,28 @@ fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
             Err(_) => true,
         }
     };
-    // The copy dies: nobody but the guardian is left.
-    let mut process = guardian(&["60000", "", mounted.0.to_str().unwrap()]);
-    process.0.stdin.as_mut().unwrap().write_all(b"f").unwrap();
-    let folder = sys::open_folder(&mounted.0).unwrap();
-    sys::freeze_file_system(folder.as_fd()).unwrap();
-    drop(folder);
-    assert!(is_frozen());
-    drop(process.0.stdin.take());
-    assert_eq!(process.code(), Some(0));
-    assert!(!is_frozen());
-
-    // The copy lives: it freezes, and dropping it is enough to thaw.
     let options = || QuiesceOptions {
         file_systems: vec![MountedFileSystem::open(&mounted.0).unwrap()],
         ..Default::default()
     };
-    let mut quiesce = LocalQuiesce::new(options(), None).unwrap();
+    // The copy dies: nobody but the helper is left.
+    let dying = helper(options());
+    let process = dying.ticket.process.id;
+    let mut quiesce = HelperQuiesce::new(dying, None, None);
+    quiesce.freeze_file_system().unwrap();
+    assert!(is_frozen());
+    quiesce.abandon();
+    wait_for_end(process);
+    assert!(!is_frozen());
+
+    // A freeze that was too long is undone at its return.
+    let mut quiesce = HelperQuiesce::new(helper(options()), None, None);
+    quiesce.set_limits(StandstillLimits { freeze_ms_max: Some(0), ..Default::default() });
+    assert_eq!(quiesce.freeze_file_system().unwrap_err().kind(), ploop_core::ErrorKind::NotQuiet);
+    assert!(!is_frozen());
+
+    // The copy lives: it freezes, and dropping it is enough to thaw.
+    let mut quiesce = LocalQuiesce::new(options());
     assert!(quiesce.sync_file_system().unwrap());
     quiesce.run_hook().unwrap();
     quiesce.freeze_file_system().unwrap();
@@ -473,7 +535,7 @@ fn a_frozen_file_system_is_thawed_by_the_guardian_and_by_the_copy() {
     assert!(!is_frozen());
     quiesce.freeze_file_system().unwrap();
     // Twice is refused, and the first one stays ours to undo.
-    let mut second = LocalQuiesce::new(options(), None).unwrap();
+    let mut second = LocalQuiesce::new(options());
     assert_eq!(second.freeze_file_system().unwrap_err().kind(), ploop_core::ErrorKind::NotQuiet);
     drop(second);
     assert!(is_frozen());

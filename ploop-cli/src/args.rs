@@ -79,6 +79,7 @@ pub(crate) enum Command {
     SnapshotDelete(commands::snapshot_delete::Arguments),
     SnapshotMerge(commands::snapshot_merge::Arguments),
     SnapshotSwitch(commands::snapshot_switch::Arguments),
+    Thaw(commands::thaw::Arguments),
     Merge(commands::merge::Arguments),
     Clone(commands::clone::Arguments),
     Diff(commands::diff::Arguments),
@@ -113,7 +114,7 @@ pub(crate) enum Command {
     #[command(hide = true)]
     Keeper(commands::keeper::Arguments),
     #[command(hide = true)]
-    Guardian(commands::guardian::Arguments),
+    FreezeHelper(commands::freeze_helper::Arguments),
 }
 
 /// What a command line asks for.

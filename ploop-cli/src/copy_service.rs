@@ -2,26 +2,25 @@
 //!
 //! ```text
 //! command                                        server
-//! request, descriptors (stream, answers, leash) ──►  copies, in the thread of the control connection
-//!                                               ◄──  events
-//!                                               ◄──  {"ask": "sync" | "hook" | "freeze" | "thaw"}
-//! done or failed                                ──►
-//!                                               ◄──  the answer: figures or an error
+//! request, descriptors (stream, answers,       ──►  copies, in the thread of the control connection
+//! leash, helper)                               ◄──  events, as far as somebody reads them
+//! done or failed                               ◄──  the answer: figures or an error
 //! ```
 //!
 //! Bits and data are never in two processes: the server owns the disk, reads it and writes the stream. Everything that
-//! may wait for the mounted file system (its sync, its freeze) is done by the command, in the operator's environment:
-//! a server that waited for a file system that waits for the server could not even be killed.
+//! may wait for the mounted file system (its sync, its freeze) is done by the [helper](crate::freeze_service) that the
+//! command has started, in the operator's folder and environment, and whose connection it gives away with the request:
+//! the command only looks on, and may be stopped.
 //!
-//! When the command dies or cancels, the [leash](crate::leash) is cut, the copy unwinds, and the gate opens; the command's
-//! guardian thaws the file system.
+//! When the command dies or cancels, the [leash](crate::leash) is cut, the copy unwinds, the gate opens, and the helper
+//! thaws the file system. When the helper dies, another process thaws.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pcopy::freeze::Quiesce;
+use pcopy::freeze::{HelperTicket, Quiesce};
 use pcopy::source::DiskSource;
 use pcopy::source_chain::BundleSnapshots;
 use pcopy::stats::{Event, SendReport};
@@ -29,14 +28,14 @@ use pcopy::transport::{Cancel, Link};
 use pcopy::{Observer, SendOptions, send, send_chain, send_original};
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
-use ploop_core::device::runtime::{Failure, OpenRequest};
+use ploop_core::device::runtime::{Entry, OpenRequest};
 use ploop_core::io::file::DirectoryFolder;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::job_service::{Cargo, Turns};
-use crate::{leash, open};
+use crate::{freeze_service, leash, open};
 
 /// The verb of the control socket.
 pub(crate) const VERB: &str = "copy";
@@ -51,13 +50,22 @@ pub(crate) struct CopyRequest {
     pub(crate) two_way: bool,
     /// What the operator wants of it.
     pub(crate) wishes: Wishes,
+    /// Who freezes and thaws: its connection is the last descriptor. `None`: nothing is to be frozen.
+    #[serde(default)]
+    pub(crate) helper: Option<HelperTicket>,
 }
 
 /// What the operator wants of a copy; what is not said is decided by the copy.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Wishes {
-    /// Never freeze for longer, by prediction.
+    /// Names the copy.
+    #[serde(default)]
+    pub(crate) copy_id: Option<[u8; 16]>,
+    /// Never freeze for longer.
     pub(crate) freeze_ms_max: Option<u64>,
+    /// From the start of the freeze command to the end of the thaw.
+    #[serde(default)]
+    pub(crate) outage_ms_max: Option<u64>,
     /// Passes before the freeze.
     pub(crate) passes_max: Option<u32>,
     /// How long the other end may be silent.
@@ -128,8 +136,12 @@ impl Wishes {
     /// The options of the sender.
     fn send_options(&self, cancel: Cancel) -> SendOptions {
         let mut options = SendOptions { cancel: Some(cancel), ..SendOptions::default() };
+        if let Some(id) = self.copy_id {
+            options.copy_id = id;
+        }
         options.convergence.freeze_ms_max = self.freeze_ms_max;
         options.is_crash_consistent = self.is_crash_consistent;
+        options.convergence.outage_ms_max = self.outage_ms_max;
         if let Some(passes) = self.passes_max {
             options.convergence.passes_max = passes;
         }
@@ -143,96 +155,24 @@ impl Wishes {
     }
 }
 
-/// What the server asks the command to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "ask", rename_all = "snake_case")]
-pub(crate) enum Ask {
-    /// Sync the mounted file systems.
-    Sync,
-    /// Run the freeze command.
-    Hook,
-    /// Freeze the mounted file systems.
-    Freeze,
-    /// Undo both.
-    Thaw,
-}
-
-/// How that went.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Reply {
-    /// Done; of a sync: whether anything is mounted.
-    Done(bool),
-    /// Not done.
-    Failed(Failure),
-}
-
-impl Ask {
-    /// Does what is asked.
-    pub(crate) fn obey(self, quiesce: &mut dyn Quiesce) -> Reply {
-        let done = match self {
-            Self::Sync => quiesce.sync_file_system(),
-            Self::Hook => quiesce.run_hook().map(|()| true),
-            Self::Freeze => quiesce.freeze_file_system().map(|()| true),
-            Self::Thaw => quiesce.thaw().map(|()| true),
-        };
-        done.map_or_else(|error| Reply::Failed(Failure::of(&error)), Reply::Done)
-    }
-}
-
-/// Writers are stopped by the command at the other end of the connection.
-pub(crate) struct RemoteQuiesce<'a> {
-    pub(crate) connection: &'a Connection,
-}
-
-impl RemoteQuiesce<'_> {
-    fn ask(&self, ask: Ask) -> Result<bool> {
-        self.connection.send(&ask, &[])?;
-        let Some(message) = self.connection.receive(None)? else {
-            return Err(Error::new(ErrorKind::Cancelled, "the command that asked for it is gone"));
-        };
-        match serde_json::from_value(message.body) {
-            Ok(Reply::Done(done)) => Ok(done),
-            Ok(Reply::Failed(failure)) => Err(failure.into_error()),
-            Err(cause) => Err(Error::io(ErrorKind::Protocol, "read the command's reply", cause.into())),
-        }
-    }
-}
-
-impl Quiesce for RemoteQuiesce<'_> {
-    fn sync_file_system(&mut self) -> Result<bool> {
-        self.ask(Ask::Sync)
-    }
-
-    fn run_hook(&mut self) -> Result<()> {
-        self.ask(Ask::Hook).map(drop)
-    }
-
-    fn freeze_file_system(&mut self) -> Result<()> {
-        self.ask(Ask::Freeze).map(drop)
-    }
-
-    fn thaw(&mut self) -> Result<()> {
-        match self.ask(Ask::Thaw) {
-            // Its guardian thaws, and nobody is left to be told.
-            Err(_) if self.connection.is_closed() => Ok(()),
-            thawed => thawed.map(drop),
-        }
-    }
-}
-
 /// The copies of one served disk: one at a time.
 pub(crate) struct CopyService {
     disk: Arc<Disk>,
     /// The folder of the descriptor, if there is one.
+    entry: Entry,
     folder: Option<Arc<DirectoryFolder>>,
     turns: Arc<Turns>,
 }
 
 impl CopyService {
-    /// Copies of `disk`, whose descriptor is in `folder`; `turns` says what else may run.
-    pub(crate) fn new(disk: Arc<Disk>, folder: Option<Arc<DirectoryFolder>>, turns: Arc<Turns>) -> Self {
-        Self { disk, folder, turns }
+    /// Copies of `disk`, whose record is in `entry` and whose descriptor in `folder`; `turns` says what else may run.
+    pub(crate) fn new(
+        disk: Arc<Disk>,
+        entry: Entry,
+        folder: Option<Arc<DirectoryFolder>>,
+        turns: Arc<Turns>,
+    ) -> Self {
+        Self { disk, entry, folder, turns }
     }
 
     /// Serves one request for a copy of that, to its end.
@@ -248,14 +188,22 @@ impl CopyService {
         let mut descriptors = descriptors.into_iter();
         let output = descriptors.next();
         let input = if request.two_way { descriptors.next() } else { None };
-        let (Some(output), Some(leash), None) = (output, descriptors.next(), descriptors.next()) else {
-            return Err(Error::new(ErrorKind::Parameter, "a copy came with other descriptors than it needs"));
+        let (output, leash) = (output, descriptors.next());
+        let helper = if request.helper.is_some() { descriptors.next() } else { None };
+        let (Some(output), Some(leash), true, None) =
+            (output, leash, helper.is_some() == request.helper.is_some(), descriptors.next())
+        else {
+            return Err(Error::new(ErrorKind::Parameter, "a copy came with other descriptors than it needs")
+                .advise("the command and the server of the disk are of different versions: use that of the server, or mount again"));
         };
         let cancel = Cancel::new()?;
+        // First, so that it is let go whatever fails.
+        let mut quiesce = freeze_service::attend(&self.entry, request.helper.zip(helper), Some(&cancel));
         let _turn = self.turns.copy(cargo, &cancel)?;
         leash::watch(leash, cancel.clone())?;
         let observer = |event: &Event| {
-            if connection.send(event, &[]).is_err() {
+            // Whoever looks on and does not read is not waited for: the disk may be frozen.
+            if connection.send_unless_full(event).is_err() {
                 cancel.cancel();
             }
         };
@@ -271,8 +219,7 @@ impl CopyService {
         };
         let mut freight = Freight::of(&self.disk, descriptor.as_deref())?;
         let link = Link { input, output: Some(output) };
-        let mut quiesce = RemoteQuiesce { connection };
-        let report = request.wishes.send(&mut freight, &mut quiesce, link, cancel.clone(), &observer)?;
+        let report = request.wishes.send(&mut freight, &mut *quiesce, link, cancel.clone(), &observer)?;
         to_value(&report)
     }
 }
@@ -281,57 +228,4 @@ impl CopyService {
 pub(crate) fn to_value(report: &SendReport) -> Result<Value> {
     serde_json::to_value(report)
         .map_err(|cause| Error::io(ErrorKind::System, "write the figures of the copy", cause.into()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Default)]
-    struct Recorder(Vec<Ask>);
-
-    impl Quiesce for Recorder {
-        fn sync_file_system(&mut self) -> Result<bool> {
-            self.0.push(Ask::Sync);
-            Ok(false)
-        }
-        fn run_hook(&mut self) -> Result<()> {
-            self.0.push(Ask::Hook);
-            Ok(())
-        }
-        fn freeze_file_system(&mut self) -> Result<()> {
-            self.0.push(Ask::Freeze);
-            Err(Error::new(ErrorKind::NotQuiet, "no").advise("try"))
-        }
-        fn thaw(&mut self) -> Result<()> {
-            self.0.push(Ask::Thaw);
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn the_command_does_what_the_server_asks() {
-        let (server, command) = Connection::pair().unwrap();
-        let asked = std::thread::spawn(move || {
-            let mut recorder = Recorder::default();
-            while let Some(message) = command.receive(None).unwrap() {
-                let ask: Ask = serde_json::from_value(message.body).unwrap();
-                command.send(&ask.obey(&mut recorder), &[]).unwrap();
-                if ask == Ask::Thaw {
-                    break;
-                }
-            }
-            recorder.0
-        });
-        let mut remote = RemoteQuiesce { connection: &server };
-        assert!(!remote.sync_file_system().unwrap());
-        remote.run_hook().unwrap();
-        let refused = remote.freeze_file_system().unwrap_err();
-        assert_eq!((refused.kind(), refused.advice()), (ErrorKind::NotQuiet, Some("try")));
-        remote.thaw().unwrap();
-        assert_eq!(asked.join().unwrap(), [Ask::Sync, Ask::Hook, Ask::Freeze, Ask::Thaw]);
-        // The command is gone: nothing hangs, and a thaw is its guardian's matter.
-        assert!(remote.run_hook().is_err());
-        remote.thaw().unwrap();
-    }
 }

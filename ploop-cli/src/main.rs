@@ -9,6 +9,7 @@ mod copy_service;
 mod disk_bytes;
 mod exit;
 mod file_system;
+mod freeze_service;
 mod inner_size;
 mod job_service;
 mod leash;

@@ -5,13 +5,16 @@
 
 use std::error::Error as _;
 use std::io::{self, Write};
-use std::time::SystemTime;
+use std::os::fd::AsFd;
+use std::time::{Duration, SystemTime};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use ploop_core::error::one_line;
 use ploop_core::{Error, ErrorKind};
 use serde::Serialize;
 
 use crate::exit::Failure;
+use crate::signals;
 
 /// The level from which warnings are told.
 const WARNINGS_FROM: i32 = 0;
@@ -192,9 +195,37 @@ pub(crate) fn print_bytes(text: &[u8]) -> Result<(), Failure> {
     print(text).map_err(printing)
 }
 
-/// Prints text on stderr. There is nowhere to tell a failure of that, so it is dropped.
+/// So many bytes a pipe takes at once when it takes any (`PIPE_BUF`).
+const PIECE_BYTES: usize = 4096;
+/// How often stderr that takes nothing is looked at.
+const STDERR_LOOK: Duration = Duration::from_millis(100);
+/// How long a command that was told to end waits for somebody to read its last words.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
+
+/// Prints text on stderr. There is nowhere to tell a failure of that, so it is dropped. Once the command was told to end,
+/// a terminal that is held or a pipe that nobody reads is not waited for.
 pub(crate) fn complain(text: &str) {
-    let _nowhere_to_tell = io::stderr().lock().write_all(text.as_bytes());
+    let mut held = Duration::ZERO;
+    for piece in text.as_bytes().chunks(PIECE_BYTES) {
+        while !takes_bytes() {
+            if signals::has_come() {
+                held += STDERR_LOOK;
+                if held >= LAST_WORDS_MAX {
+                    return;
+                }
+            }
+        }
+        let _nowhere_to_tell = io::stderr().write_all(piece);
+    }
+}
+
+/// Whether stderr takes a piece without a wait; looks for a while.
+fn takes_bytes() -> bool {
+    let stderr = io::stderr();
+    let mut descriptors = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    let look = PollTimeout::try_from(STDERR_LOOK).unwrap_or(PollTimeout::ZERO);
+    // What cannot be asked is written to as ever.
+    !matches!(nix::poll::poll(&mut descriptors, look), Ok(0) | Err(nix::errno::Errno::EINTR))
 }
 
 /// Bytes for people: a number below 10 with one decimal, a binary unit.

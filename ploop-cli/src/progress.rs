@@ -9,7 +9,10 @@
 //! tells the operation when to stop. [`Job`] is what a command has of it: the bars, and the signals that cancel.
 
 use std::io::{self, IsTerminal};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -76,9 +79,24 @@ enum Seen {
     Unknown,
 }
 
-/// Where events go.
+/// Events that wait to be shown; more are dropped.
+const QUEUE_EVENTS: usize = 256;
+/// How long the last of them are waited for, when nobody reads them.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// The same when the command was told to end.
+const SIGNALLED_DRAIN_MAX: Duration = Duration::from_millis(500);
+/// How often it is looked whether they are shown.
+const DRAIN_LOOK: Duration = Duration::from_millis(1);
+
+/// Where events go. They are shown by a thread of their own: whoever does the work, or answers for it, never waits for a
+/// terminal that is held or a pipe that nobody reads.
 pub(crate) struct Progress {
-    mode: Mode,
+    queue: Option<SyncSender<Value>>,
+    /// Shows them.
+    thread: Option<JoinHandle<()>>,
+    dropped: AtomicU64,
+    is_watched: bool,
+    is_json: bool,
 }
 
 enum Mode {
@@ -106,40 +124,88 @@ impl Progress {
         } else {
             Mode::Silent
         };
-        Self { mode }
+        let (is_watched, is_json) = (matches!(mode, Mode::Bars(_)), matches!(mode, Mode::Json));
+        let (queue, events) = sync_channel(QUEUE_EVENTS);
+        let show = move || {
+            while let Ok(event) = events.recv() {
+                mode.show(&event);
+            }
+            mode.end();
+        };
+        // Without the thread nothing is shown, which is no reason not to work.
+        let thread = if is_watched || is_json {
+            std::thread::Builder::new().name("progress".into()).spawn(show).ok()
+        } else {
+            None
+        };
+        let queue = thread.is_some().then_some(queue);
+        Self { queue, thread, dropped: AtomicU64::new(0), is_watched, is_json }
     }
 
     /// Whether a person watches.
     pub(crate) fn is_watched(&self) -> bool {
-        matches!(self.mode, Mode::Bars(_))
+        self.is_watched
     }
 
     /// Tells programs the figures of a copy that has ended well.
     pub(crate) fn done(&self, figures: &Value) {
-        if let (Mode::Json, Value::Object(figures)) = (&self.mode, figures) {
+        if let (true, Value::Object(figures)) = (self.is_json, figures) {
             let mut event = serde_json::Map::from_iter([("event".to_owned(), Value::from("done"))]);
             event.extend(figures.clone());
-            complain(&format!("{}\n", Value::from(event)));
+            let dropped = self.dropped.load(Ordering::Relaxed);
+            if dropped > 0 {
+                event.insert("events_dropped".to_owned(), dropped.into());
+            }
+            self.last_event(&Value::from(event));
         }
     }
 
-    /// Shows one event.
+    /// Shows one event, unless those before it are not read.
     pub(crate) fn event(&self, event: &Value) {
-        match &self.mode {
-            Mode::Silent => {}
-            Mode::Json => complain(&format!("{event}\n")),
-            Mode::Bars(bars) => {
-                if let Ok(seen) = Seen::deserialize(event) {
-                    bars.lock().unwrap_or_else(PoisonError::into_inner).show(seen);
-                }
-            }
+        if let Some(queue) = &self.queue
+            && queue.try_send(event.clone()).is_err()
+        {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Shows one for which there is time: the work is done.
+    fn last_event(&self, event: &Value) {
+        let Some(queue) = &self.queue else { return };
+        let begun = Instant::now();
+        while queue.try_send(event.clone()).is_err() && begun.elapsed() < DRAIN_MAX && !signals::has_come() {
+            std::thread::sleep(NAP_MAX);
         }
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Mode::Bars(bars) = &self.mode
+        self.queue = None;
+        let Some(thread) = self.thread.take() else { return };
+        let begun = Instant::now();
+        let is_over = || begun.elapsed() >= if signals::has_come() { SIGNALLED_DRAIN_MAX } else { DRAIN_MAX };
+        while !thread.is_finished() && !is_over() {
+            std::thread::sleep(DRAIN_LOOK);
+        }
+    }
+}
+
+impl Mode {
+    fn show(&self, event: &Value) {
+        match self {
+            Self::Silent => {}
+            Self::Json => complain(&format!("{event}\n")),
+            Self::Bars(bars) => {
+                if let Ok(seen) = Seen::deserialize(event) {
+                    bars.lock().unwrap_or_else(PoisonError::into_inner).show(seen);
+                }
+            }
+        }
+    }
+
+    fn end(&self) {
+        if let Self::Bars(bars) = self
             && let Some(bar) = bars.lock().unwrap_or_else(PoisonError::into_inner).present.take()
         {
             bar.finish_and_clear();

@@ -1,18 +1,18 @@
 //! Making the writers of a disk stand still, and what may be claimed of it then: as of what a copy or a snapshot is what
 //! it is.
 //!
-//! Who holds the disk is found out before anything begins ([`DiskQuiesce::new`]) and once more right before the freeze,
-//! since a copy takes long. A user that cannot be made to stand still is a reason to refuse, unless the operator's own
+//! Who holds the disk is found out before anything begins ([`Standing::find`]) and once more right before the freeze
+//! ([`look_again`]), since a copy takes long. A user that cannot be made to stand still is a reason to refuse, unless the operator's own
 //! command does it (`-F`) or the state of a power loss is good enough (`--crash-consistent`), which is then said.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pcopy::freeze::{LocalQuiesce, MountedFileSystem, Quiesce, QuiesceOptions};
-use pcopy::transport::Cancel;
+use pcopy::freeze::{MountedFileSystem, QuiesceOptions};
 use ploop_core::device::runtime::State;
 use ploop_core::{Error, ErrorKind, Result};
 use ploop_server::holders::{Holders, OtherUse};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// How long somebody who has the device open for writing is waited for: programs look at new devices that way.
@@ -21,7 +21,8 @@ const PASSER_BY_MAX: Duration = Duration::from_secs(1);
 const PASSER_BY_LOOK: Duration = Duration::from_millis(100);
 
 /// What made the state of the disk that was copied or kept one that a file system understands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum AsOf {
     /// Its file systems were frozen.
     FileSystemFrozen,
@@ -70,25 +71,32 @@ pub(crate) struct Allowed {
     pub(crate) advice: &'static str,
 }
 
-/// Freezes and thaws what was found to be on the disk.
-pub(crate) struct DiskQuiesce {
-    inner: LocalQuiesce,
-    device: Option<PathBuf>,
+/// What can be claimed of a disk once its writers stand still as `options` say.
+pub(crate) struct Standing {
+    /// What is to be frozen, by which commands, and what is looked at again right before.
+    pub(crate) options: QuiesceOptions,
+    as_of: AsOf,
+    details: Vec<String>,
+}
+
+/// What is looked at again right before the freeze, by the process that freezes.
+#[derive(Debug, Serialize, Deserialize)]
+struct Watch {
+    device: PathBuf,
     rules: Rules,
     /// The file systems that will be frozen, as the table of mounts numbers them.
     frozen: Vec<(u64, u64)>,
+    /// What the report will say.
     as_of: AsOf,
-    details: Vec<String>,
-    looked: bool,
 }
 
 /// What decides between going on and refusing.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Rules {
     has_hook: bool,
     crash_consistent: bool,
     no_freeze: bool,
-    advice: &'static str,
+    advice: String,
 }
 
 /// What was found, and what can be claimed if it stays so.
@@ -99,15 +107,15 @@ struct Found {
     frozen: Vec<(u64, u64)>,
 }
 
-impl DiskQuiesce {
-    /// Finds out who holds a served disk, opens and verifies what will be frozen, and starts the guardian. A closed disk
-    /// is `None`. [`ErrorKind::NotQuiet`] when somebody holds it who cannot be made to stand still, and that is not allowed.
-    pub(crate) fn new(served: Option<&State>, allowed: Allowed, cancel: Option<Cancel>) -> Result<Self> {
+impl Standing {
+    /// Finds out who holds a served disk, and opens and verifies what will be frozen. A closed disk is `None`.
+    /// [`ErrorKind::NotQuiet`] when somebody holds it who cannot be made to stand still, and that is not allowed.
+    pub(crate) fn find(served: Option<&State>, allowed: Allowed) -> Result<Self> {
         let rules = Rules {
             has_hook: allowed.commands.freeze_command.is_some(),
             crash_consistent: allowed.crash_consistent || allowed.no_freeze,
             no_freeze: allowed.no_freeze,
-            advice: allowed.advice,
+            advice: allowed.advice.to_owned(),
         };
         // What refuses writes for all is at rest.
         let writable = served.filter(|state| !state.open.read_only);
@@ -121,61 +129,75 @@ impl DiskQuiesce {
                 vec!["it is served without a block device, to a program".to_owned()],
             )?,
         };
-        let options = QuiesceOptions { file_systems: found.file_systems, ..allowed.commands };
-        Ok(Self {
-            inner: LocalQuiesce::new(options, cancel)?,
-            device,
-            rules,
-            frozen: found.frozen,
-            as_of: found.as_of,
-            details: found.details,
-            looked: true,
-        })
+        let watch = match device.filter(|_| !rules.no_freeze) {
+            None => None,
+            Some(device) => {
+                let watch = Watch { device, rules, frozen: found.frozen, as_of: found.as_of };
+                Some(serde_json::to_string(&watch).map_err(|cause| {
+                    Error::io(ErrorKind::System, "say what is looked at before a freeze", cause.into())
+                })?)
+            }
+        };
+        let options = QuiesceOptions { file_systems: found.file_systems, watch, ..allowed.commands };
+        Ok(Self { options, as_of: found.as_of, details: found.details })
     }
 
-    /// As of what it is, as found at last.
-    pub(crate) fn as_of(&self) -> AsOf {
-        self.as_of
+    /// The options, and what is to be said of the outcome.
+    pub(crate) fn split(self) -> (QuiesceOptions, Claim) {
+        (self.options, Claim { as_of: self.as_of, details: self.details })
     }
+}
 
-    /// Which file systems are frozen, or who was not made to stand still.
-    pub(crate) fn details(&self) -> &[String] {
-        &self.details
-    }
+/// As of what a copy or a snapshot is what it is.
+pub(crate) struct Claim {
+    /// In one word.
+    pub(crate) as_of: AsOf,
+    /// Which file systems were frozen, or who was not made to stand still.
+    pub(crate) details: Vec<String>,
+}
 
-    /// Says in a report as of what it is.
+impl Claim {
+    /// Says it in a report.
     pub(crate) fn tell(&self, report: &mut Value) {
         if let Value::Object(fields) = report {
             fields.insert("as_of".to_owned(), json!(self.as_of.word()));
             fields.insert("as_of_details".to_owned(), json!(self.details));
         }
     }
+}
 
-    /// Somebody may have come, or gone, since the beginning.
-    fn look_again(&mut self) -> Result<()> {
-        self.looked = true;
-        let Some(device) = &self.device else { return Ok(()) };
-        let found = self.rules.find(device)?;
-        if let Some(new) = found.frozen.iter().position(|one| !self.frozen.contains(one)) {
-            let name = found.file_systems.get(new).map_or("a file system", |one| one.name.as_str());
-            return Err(Error::new(
-                ErrorKind::NotQuiet,
-                format!("{name} was mounted while the disk was copied"),
-            )
-            .at_path(device)
-            .advise("copy again: it is frozen then like any other"));
-        }
-        // What has gone meanwhile is frozen all the same: it is held open here.
-        if found.as_of != AsOf::Unused || self.frozen.is_empty() {
-            (self.as_of, self.details) = (found.as_of, found.details);
-        }
-        Ok(())
+/// Somebody may have come since [`Standing::find`], as a copy takes long: what would make its claim untrue is an error.
+/// What has gone is frozen all the same, for it is held open.
+pub(crate) fn look_again(watch: &str) -> Result<()> {
+    let watch: Watch = serde_json::from_str(watch).map_err(|cause| {
+        Error::io(ErrorKind::System, "read what is looked at before a freeze", cause.into())
+    })?;
+    let found = watch.rules.find(&watch.device)?;
+    let came = |what: &str| {
+        Error::new(ErrorKind::NotQuiet, format!("{what} while the disk was copied"))
+            .at_path(&watch.device)
+            .advise("copy again: it is reckoned with from the start then")
+    };
+    if let Some(new) = found.frozen.iter().position(|one| !watch.frozen.contains(one)) {
+        let name = found.file_systems.get(new).map_or("a file system", |one| one.name.as_str());
+        return Err(came(&format!("{name} was mounted")));
     }
+    if found.as_of == AsOf::CrashConsistent && watch.as_of != AsOf::CrashConsistent {
+        return Err(came(&format!("this began: {}", found.details.join("; "))));
+    }
+    Ok(())
+}
+
+/// Every file system on a served disk that can be frozen, opened and verified.
+pub(crate) fn file_systems_of(state: &State) -> Result<Vec<MountedFileSystem>> {
+    let Some(device) = state.loop_device.as_deref() else { return Ok(Vec::new()) };
+    let all = Rules { crash_consistent: true, ..Rules::default() };
+    Ok(all.find(device)?.file_systems)
 }
 
 impl Rules {
     /// Who holds `device`, and what that means.
-    fn find(self, device: &Path) -> Result<Found> {
+    fn find(&self, device: &Path) -> Result<Found> {
         let deadline = Instant::now() + PASSER_BY_MAX;
         let holders = loop {
             let mut holders = Holders::of(device)?;
@@ -221,7 +243,7 @@ impl Rules {
     }
 
     fn judge(
-        self,
+        &self,
         file_systems: Vec<MountedFileSystem>,
         frozen: Vec<(u64, u64)>,
         unfrozen: Vec<String>,
@@ -236,7 +258,7 @@ impl Rules {
             (false, _) => {
                 let message =
                     format!("the disk is in use and would not stand still: {}", unfrozen.join("; "));
-                return Err(Error::new(ErrorKind::NotQuiet, message).advise(self.advice));
+                return Err(Error::new(ErrorKind::NotQuiet, message).advise(self.advice.clone()));
             }
         };
         Ok(Found { as_of, details, file_systems, frozen })
@@ -249,52 +271,30 @@ impl Found {
     }
 }
 
-impl Quiesce for DiskQuiesce {
-    fn sync_file_system(&mut self) -> Result<bool> {
-        self.look_again()?;
-        self.inner.sync_file_system()
-    }
-
-    fn run_hook(&mut self) -> Result<()> {
-        if !self.looked {
-            self.look_again()?;
-        }
-        self.looked = false;
-        self.inner.run_hook()
-    }
-
-    fn freeze_file_system(&mut self) -> Result<()> {
-        self.inner.freeze_file_system()
-    }
-
-    fn thaw(&mut self) -> Result<()> {
-        self.inner.thaw()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const NOTHING: Rules =
-        Rules { has_hook: false, crash_consistent: false, no_freeze: false, advice: "try" };
+    fn nothing() -> Rules {
+        Rules { advice: "try".to_owned(), ..Rules::default() }
+    }
 
-    fn judged(rules: Rules, unfrozen: &[&str]) -> Result<AsOf> {
+    fn judged(rules: &Rules, unfrozen: &[&str]) -> Result<AsOf> {
         let unfrozen = unfrozen.iter().map(|&text| text.to_owned()).collect();
         rules.judge(Vec::new(), Vec::new(), unfrozen).map(|found| found.as_of)
     }
 
     #[test]
     fn who_does_not_stand_still_is_a_reason_to_refuse_or_is_told() {
-        assert_eq!(judged(NOTHING, &[]).unwrap(), AsOf::Unused);
-        let error = judged(NOTHING, &["swap", "fat"]).unwrap_err();
+        assert_eq!(judged(&nothing(), &[]).unwrap(), AsOf::Unused);
+        let error = judged(&nothing(), &["swap", "fat"]).unwrap_err();
         assert_eq!((error.kind(), error.advice()), (ErrorKind::NotQuiet, Some("try")));
         assert!(error.to_string().ends_with("swap; fat"), "{error}");
-        let hooked = Rules { has_hook: true, ..NOTHING };
-        assert_eq!(judged(hooked, &["swap"]).unwrap(), AsOf::QuiescedByHook);
-        let lenient = Rules { crash_consistent: true, ..NOTHING };
-        assert_eq!(judged(lenient, &["swap"]).unwrap(), AsOf::CrashConsistent);
-        assert_eq!(judged(lenient, &[]).unwrap(), AsOf::Unused, "nothing worse is said than is");
+        let hooked = Rules { has_hook: true, ..nothing() };
+        assert_eq!(judged(&hooked, &["swap"]).unwrap(), AsOf::QuiescedByHook);
+        let lenient = Rules { crash_consistent: true, ..nothing() };
+        assert_eq!(judged(&lenient, &["swap"]).unwrap(), AsOf::CrashConsistent);
+        assert_eq!(judged(&lenient, &[]).unwrap(), AsOf::Unused, "nothing worse is said than is");
     }
 
     #[test]

@@ -1,16 +1,14 @@
 //! Snapshots of a served disk: made and deleted in the server, while the guest goes on.
 //!
 //! ```text
-//! command                                  server
-//! "snapshot", what ───────────────────►  prepares the new top
-//!               ◄──────────────────────  {"ask": "sync" | "hook" | "freeze" | "thaw"}
-//!                                        puts it under the disk
+//! command                                  server                        helper
+//! "snapshot", what, helper ───────────►  prepares the new top      ──►  sync, freeze
+//!                                        puts it under the disk    ──►  thaw
 //!               ◄──────────────────────  the answer: the report or an error
 //! ```
 //!
-//! As in a copy, everything that may wait for the mounted file system is done by the command: its sync, its freeze, its
-//! thaw; its guardian thaws when it dies. Without a mounted file system, or when it is not to be frozen, there is nothing
-//! to ask. Deleting is a [job](crate::job_service): it shows its progress, keeps a rate limit, and is cancelled with its
+//! As in a copy, everything that may wait for the mounted file system is done by the [helper](crate::freeze_service) that
+//! comes with the request. Without a mounted file system, or when it is not to be frozen, there is none. Deleting is a [job](crate::job_service): it shows its progress, keeps a rate limit, and is cancelled with its
 //! command. Both exclude each other, other jobs, and a copy of all deltas; not one of the content: what the guest sees does
 //! not change.
 //!
@@ -19,7 +17,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use pcopy::freeze::{Quiesce, QuiesceOptions};
+use pcopy::freeze::{HelperTicket, Quiesce, StandstillLimits};
 use pcopy::transport::Cancel;
 use ploop_core::device::Disk;
 use ploop_core::device::control::Connection;
@@ -34,12 +32,12 @@ use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::copy_service::{Ask, RemoteQuiesce};
+use crate::freeze_service;
 use crate::job_service::{self, Company, Turns};
 use crate::open;
 use crate::output::Output;
 use crate::progress::Job;
-use crate::quiesce::{Allowed, AsOf, DiskQuiesce};
+use crate::quiesce::{Allowed, AsOf, Standing};
 
 /// The verb that makes a snapshot.
 pub(crate) const SNAPSHOT: &str = "snapshot";
@@ -61,6 +59,20 @@ pub(crate) struct SnapshotRequest {
     /// It is to be deleted as soon as nobody uses it.
     #[serde(default)]
     pub(crate) temporary: bool,
+    /// Who freezes and thaws, whose connection comes along; [`Writing::GoOn`] when nothing is to be frozen. Nothing at
+    /// all is what a command of another version says, which would freeze by itself.
+    #[serde(default)]
+    pub(crate) writing: Option<Writing>,
+}
+
+/// What becomes of the writers during a snapshot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Writing {
+    /// They go on.
+    GoOn,
+    /// This helper stops them.
+    StopBy(HelperTicket),
 }
 
 /// What deleting is asked for with.
@@ -81,17 +93,25 @@ pub(crate) struct MergeRequest {
     pub(crate) file: String,
 }
 
-/// The file system above, as the command at the other end of the connection sees it.
-struct RemoteWriters<'a>(RemoteQuiesce<'a>);
+/// The longest that a file system may stand still for a snapshot, which takes moments.
+const STANDSTILL_MAX_MS: u64 = 60_000;
 
-impl Writers for RemoteWriters<'_> {
+/// The file system above, as the helper holds it.
+struct HelpedWriters<'a>(&'a mut dyn Quiesce);
+
+impl Writers for HelpedWriters<'_> {
     fn settle(&mut self) -> Result<()> {
         self.0.sync_file_system().map(drop)
     }
 
     fn stop(&mut self) -> Result<()> {
+        self.0.set_limits(StandstillLimits { abandoned_ms: Some(STANDSTILL_MAX_MS), ..Default::default() });
         self.0.run_hook()?;
         self.0.freeze_file_system()
+    }
+
+    fn confirm(&mut self) -> Result<()> {
+        self.0.confirm()
     }
 
     fn go_on(&mut self) -> Result<()> {
@@ -120,19 +140,36 @@ impl SnapshotService {
     }
 
     /// Makes one.
-    pub(crate) fn snapshot(&self, connection: &Connection, arguments: Value) -> Result<Value> {
+    pub(crate) fn snapshot(&self, arguments: Value, descriptors: Vec<OwnedFd>) -> Result<Value> {
         let request: SnapshotRequest = serde_json::from_value(arguments).map_err(|cause| {
             Error::io(ErrorKind::Parameter, "read the request of a snapshot", cause.into())
         })?;
         let snapshot = request.snapshot.as_deref().map(str::parse::<Guid>).transpose()?;
+        let helper = match (request.writing, descriptors.into_iter().next()) {
+            (Some(Writing::GoOn), None) => None,
+            (Some(Writing::StopBy(ticket)), Some(helper)) => Some((ticket, helper)),
+            _ => {
+                return Err(Error::new(
+                    ErrorKind::Parameter,
+                    "the command is of another version than the server of the disk",
+                )
+                .advise("use the version that the disk was mounted with, or mount it again"));
+            }
+        };
         // Not cancelled when the disk is closed: it is done in moments, and waited for.
         let _turn = self.turns.job((SNAPSHOT, COMPANY), &Cancel::new()?)?;
         let (_lock, bundle) = self.bundle()?;
-        let mut writers = RemoteWriters(RemoteQuiesce { connection });
+        let mut quiesce = freeze_service::attend(&self.entry, helper, None);
+        let mut writers = HelpedWriters(&mut *quiesce);
         let options =
             SnapshotOptions { snapshot, temporary: request.temporary, ..SnapshotOptions::default() };
         let report = live::snapshot(&self.disk, &bundle, &mut writers, &options)?;
         self.remember();
+        if let Some(standing) = report.not_thawed {
+            let message = format!("the snapshot {} is made, but the disk still stands", report.snapshot);
+            let advice = standing.advice().unwrap_or("thaw it: ploop thaw DISK").to_owned();
+            return Err(Error::new(ErrorKind::NotQuiet, message).advise(advice).caused_by(standing));
+        }
         serde_json::to_value(&report)
             .map_err(|cause| Error::io(ErrorKind::System, "write the report of a snapshot", cause.into()))
     }
@@ -209,31 +246,33 @@ impl SnapshotService {
     }
 }
 
-/// Lets the server of a disk make a snapshot, and does with the mounted file system what it asks; the report.
+/// Lets the server of a disk make a snapshot; the report.
 ///
 /// The report says as of what the snapshot is.
 pub(crate) fn ask_snapshot(
     state: &State,
     entry: &Entry,
-    request: &SnapshotRequest,
+    mut request: SnapshotRequest,
     allowed: Allowed,
     output: &Output,
 ) -> Result<Value> {
-    let commands = QuiesceOptions { guardian: true, ..QuiesceOptions::default() };
-    let mut quiesce = DiskQuiesce::new(Some(state), Allowed { commands, ..allowed }, None)?;
+    let (options, claim) = Standing::find(Some(state), allowed)?.split();
+    let helper = freeze_service::start(options, Some((state, entry)), &[])?;
+    request.writing =
+        Some(helper.as_ref().map_or(Writing::GoOn, |helper| Writing::StopBy(helper.ticket.clone())));
     let connection = crate::serving::connect(entry)?;
-    connection.request(SNAPSHOT, request, &[])?;
-    let mut report = connection.answer(SNAPSHOT, None, |message| {
-        if let Ok(ask) = serde_json::from_value::<Ask>(message) {
-            // A server that does not take the reply is gone, which the wait for its answer finds out.
-            let _ = connection.send(&ask.obey(&mut quiesce), &[]);
-        }
-    })?;
-    quiesce.tell(&mut report);
-    if quiesce.as_of() == AsOf::CrashConsistent {
+    let descriptors: Vec<_> = helper.iter().map(|helper| helper.connection.as_fd()).collect();
+    connection.request(SNAPSHOT, &request, &descriptors)?;
+    // The server has it now; kept here, the helper would not see the server's end.
+    drop(descriptors);
+    drop(helper);
+    let mut report = connection
+        .answer(SNAPSHOT, None, |message| freeze_service::refuse_old_server(&connection, &message))?;
+    claim.tell(&mut report);
+    if claim.as_of == AsOf::CrashConsistent {
         output.warn(&format!(
             "the snapshot is crash-consistent, as after a power loss: {}",
-            quiesce.details().join("; ")
+            claim.details.join("; ")
         ));
     }
     Ok(report)

@@ -1,5 +1,6 @@
 //! `ploop copy`: a disk moves through a pipe while it is written to.
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use pcopy::freeze::QuiesceOptions;
+use pcopy::freeze::{Helper, QuiesceOptions};
 use pcopy::stats::Event;
 use pcopy::target::{Destination, FileTarget, ImageDestination, ImageOptions, Target};
 use pcopy::transport::{Cancel, Link, Peer};
@@ -26,14 +27,14 @@ use serde_json::Value;
 
 use crate::args;
 use crate::commands::init::{Format, ImageVersion};
-use crate::copy_service::{Ask, CHAIN_VERB, CopyRequest, Freight, VERB, Wishes, descriptor_of_all, to_value};
+use crate::copy_service::{CHAIN_VERB, CopyRequest, Freight, VERB, Wishes, descriptor_of_all, to_value};
 use crate::exit::Outcome;
-use crate::leash;
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report, complain, human_bytes};
 use crate::progress::Progress;
-use crate::quiesce::{Allowed, AsOf, DiskQuiesce};
+use crate::quiesce::{Allowed, AsOf, Standing};
 use crate::signals;
+use crate::{freeze_service, leash};
 
 /// Copy a disk, running or not, through a pipe
 ///
@@ -88,6 +89,11 @@ pub(crate) struct Arguments {
     /// Give up rather than freeze for longer than this, by prediction
     #[arg(long, value_name = "MILLISECONDS", requires = "source", value_parser = args::integer)]
     max_freeze: Option<u64>,
+
+    /// Undo the freeze and give up when the disk would stand still for longer than this, from the start of the freeze
+    /// command to the end of the thaw; the freeze command is ended then
+    #[arg(long, value_name = "MILLISECONDS", requires = "source", value_parser = args::integer)]
+    max_outage: Option<u64>,
 
     /// How long the freeze command may take
     #[arg(long, value_name = "SECONDS", requires = "source", value_parser = args::integer)]
@@ -488,17 +494,28 @@ impl Origin {
         open::resolve(&Wanted { disks, read_only: true, ..Wanted::default() }).map(Self::Closed)
     }
 
+    /// What people call it.
+    fn name(&self) -> OsString {
+        let path = match self {
+            Self::Served(state, _) => match &state.descriptor {
+                Some(descriptor) => Some(&descriptor.path),
+                None => state.images.last().map(|image| &image.path),
+            },
+            Self::Closed(request) => request.descriptor.as_ref().or(request.images.last()),
+        };
+        path.map(|path| path.as_os_str().to_owned()).unwrap_or_default()
+    }
+
     fn send(&self, arguments: &Arguments, link: Link, cancel: &Cancel, progress: &Progress) -> Result<Value> {
         let served = match self {
-            Self::Served(state, _) => Some(&**state),
+            Self::Served(state, entry) => Some((&**state, entry)),
             Self::Closed(_) => None,
         };
         let commands = QuiesceOptions {
-            file_systems: Vec::new(),
             freeze_command: arguments.freeze_command.clone(),
             thaw_command: arguments.thaw_command.clone(),
             hook_timeout: arguments.freeze_timeout.map(Duration::from_secs),
-            guardian: true,
+            ..QuiesceOptions::default()
         };
         let allowed = Allowed {
             crash_consistent: arguments.crash_consistent,
@@ -507,8 +524,22 @@ impl Origin {
             advice: "end that use; or give a command that stops it (-F) and one that undoes that (--thaw); or copy the disk \
                      as after a power loss, with --crash-consistent",
         };
-        let mut quiesce = DiskQuiesce::new(served, allowed, Some(cancel.clone()))?;
+        let (options, claim) = Standing::find(served.map(|(state, _)| state), allowed)?.split();
+        let copy_id = uuid::Uuid::new_v4();
+        let to = arguments.target.as_ref().map(|target| target.as_os_str().to_owned());
+        let peer = to.or_else(|| arguments.to.clone().map(OsString::from)).unwrap_or_default();
+        let helper = freeze_service::start(
+            options,
+            served,
+            &[
+                ("PLOOP_DISK", self.name()),
+                ("PLOOP_COPY", copy_id.simple().to_string().into()),
+                ("PLOOP_PEER", peer),
+            ],
+        )?;
         let wishes = Wishes {
+            copy_id: Some(*copy_id.as_bytes()),
+            outage_ms_max: arguments.max_outage,
             freeze_ms_max: arguments.max_freeze,
             passes_max: arguments.passes.map(|passes| u32::try_from(passes).unwrap_or(u32::MAX)),
             stall_timeout_s: arguments.stall_timeout,
@@ -518,15 +549,11 @@ impl Origin {
         };
         let is_chain = arguments.chain;
         let sent = match self {
-            Self::Served(_, entry) => {
-                send_served(entry, (is_chain, wishes), link, &mut quiesce, cancel, progress)
-            }
-            Self::Closed(request) => {
-                send_closed(request, (is_chain, wishes), link, &mut quiesce, cancel, progress)
-            }
+            Self::Served(_, entry) => send_served(entry, (is_chain, wishes), link, helper, cancel, progress),
+            Self::Closed(request) => send_closed(request, (is_chain, wishes), link, helper, cancel, progress),
         };
         sent.map(|mut figures| {
-            quiesce.tell(&mut figures);
+            claim.tell(&mut figures);
             figures
         })
     }
@@ -536,10 +563,11 @@ fn send_closed(
     request: &OpenRequest,
     (is_chain, wishes): (bool, Wishes),
     link: Link,
-    quiesce: &mut DiskQuiesce,
+    helper: Option<Helper>,
     cancel: &Cancel,
     progress: &Progress,
 ) -> Result<Value> {
+    let mut quiesce = freeze_service::quiesce(helper, Some(cancel), None);
     let descriptor = is_chain.then(|| descriptor_of_all(request)).transpose()?;
     let opened = open::open(request)?;
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
@@ -547,7 +575,7 @@ fn send_closed(
     let sent = {
         let mut freight = Freight::of(&disk, descriptor.as_deref())?;
         let observer = observer(Some(progress));
-        wishes.send(&mut freight, quiesce, link, cancel.clone(), &observer)
+        wishes.send(&mut freight, &mut *quiesce, link, cancel.clone(), &observer)
     };
     let closed = disk.close();
     let report = sent?;
@@ -555,12 +583,12 @@ fn send_closed(
     to_value(&report)
 }
 
-/// Lets the server send the disk; does what it asks meanwhile.
+/// Lets the server send the disk, which asks the helper itself; shows how far it is.
 fn send_served(
     entry: &Entry,
     (is_chain, wishes): (bool, Wishes),
     link: Link,
-    quiesce: &mut DiskQuiesce,
+    helper: Option<Helper>,
     cancel: &Cancel,
     progress: &Progress,
 ) -> Result<Value> {
@@ -568,23 +596,22 @@ fn send_served(
     let verb = if is_chain { CHAIN_VERB } else { VERB };
     let output =
         link.output.ok_or_else(|| Error::new(ErrorKind::Parameter, "a copy needs somewhere to go"))?;
-    let request = CopyRequest { two_way: link.input.is_some(), wishes };
+    let ticket = helper.as_ref().map(|helper| helper.ticket.clone());
+    let request = CopyRequest { two_way: link.input.is_some(), wishes, helper: ticket };
     let leash = leash::hold(cancel)?;
     cancel_when_closed(connection.try_clone()?, cancel.clone())?;
     {
         let mut descriptors = vec![output.as_fd()];
         descriptors.extend(link.input.as_ref().map(AsFd::as_fd));
         descriptors.push(leash.as_fd());
+        descriptors.extend(helper.as_ref().map(|helper| helper.connection.as_fd()));
         connection.request(verb, &request, &descriptors)?;
     }
     // The server has them now; kept here, the other end would never see its end.
-    drop((output, link.input, leash));
-    connection.answer(verb, None, |message| match serde_json::from_value::<Ask>(message.clone()) {
-        Ok(ask) => {
-            // A server that does not take the reply is gone, which the wait for its answer finds out.
-            let _ = connection.send(&ask.obey(quiesce), &[]);
-        }
-        Err(_) => progress.event(&message),
+    drop((output, link.input, leash, helper));
+    connection.answer(verb, None, |message| {
+        freeze_service::refuse_old_server(&connection, &message);
+        progress.event(&message);
     })
 }
 

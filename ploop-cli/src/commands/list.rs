@@ -3,6 +3,8 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use pcopy::freeze::FreezeRecord;
+use pcopy::freeze::record::now_ms;
 use ploop_core::device::runtime::{Runtime, State};
 use ploop_core::error::shown;
 use ploop_server::holders::{Holders, Mounted, OtherUse, printable};
@@ -89,6 +91,10 @@ struct Line {
     server: Option<u32>,
     takeovers: u32,
     jobs: Vec<String>,
+    /// Since when it stands still for a copy or a snapshot, in milliseconds since 1970.
+    frozen_since_ms: Option<u64>,
+    /// Why it could not be thawed.
+    thaw_failure: Option<String>,
     failure: Option<String>,
 }
 
@@ -127,6 +133,14 @@ impl Report for Lines {
                 }
                 write!(out, "]")?;
             }
+            if let Some(since) = line.frozen_since_ms {
+                let seconds = now_ms().saturating_sub(since) / 1000;
+                write!(out, " [frozen since {} ({seconds} s)", utc(since))?;
+                if let Some(failure) = &line.thaw_failure {
+                    write!(out, ", the thaw failed: {failure}; free it with: ploop thaw {}", line.id)?;
+                }
+                write!(out, "]")?;
+            }
             if let Some(failure) = &line.failure {
                 write!(out, " {failure}")?;
             }
@@ -147,6 +161,23 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     output.report(&Lines { disks, all: arguments.all })
 }
 
+/// A moment, in milliseconds since 1970, as UTC for people.
+fn utc(moment_ms: u64) -> String {
+    let seconds = moment_ms / 1000;
+    let (days, in_day) = (seconds / 86_400, seconds % 86_400);
+    // Days since 0000-03-01, so that the leap day is the last of its year; eras of 400 years.
+    let shifted = days + 719_468;
+    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (in_day / 3600, in_day / 60 % 60, in_day % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
 fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
     let holders = state.loop_device.as_deref().map(Holders::of).transpose()?.unwrap_or_default();
     let here = holders.mounts.iter().filter(|mounted| mounted.namespace.is_here);
@@ -161,6 +192,13 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
             Ok(_) | Err(_) => (Health::Starting, Vec::new()),
         }
     };
+    // A record that cannot be read is one, and says that the disk stands.
+    let frozen = FreezeRecord::read(&runtime.entry(&state.id).frozen_file());
+    let (frozen_since_ms, thaw_failure) = match frozen {
+        Ok(None) => (None, None),
+        Ok(Some(record)) => (Some(record.since_ms), record.failure),
+        Err(error) => (Some(now_ms()), Some(error.to_string())),
+    };
     let top = state.images.last().map(|image| image.path.clone());
     Ok(Line {
         health,
@@ -174,8 +212,22 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         server: state.server.map(|process| process.id),
         takeovers: state.takeovers,
         jobs,
+        frozen_since_ms,
+        thaw_failure,
         failure: state.failure.map(|failure| failure.message),
         id: state.id,
         device: state.loop_device,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::utc;
+
+    #[test]
+    fn moments_are_utc() {
+        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc(951_827_696_123), "2000-02-29T12:34:56Z");
+        assert_eq!(utc(4_102_444_799_000), "2099-12-31T23:59:59Z");
+    }
 }

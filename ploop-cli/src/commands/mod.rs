@@ -10,8 +10,8 @@ pub(crate) mod copy;
 pub(crate) mod delete;
 pub(crate) mod diff;
 pub(crate) mod export;
+pub(crate) mod freeze_helper;
 pub(crate) mod grow;
-pub(crate) mod guardian;
 pub(crate) mod import;
 pub(crate) mod info;
 pub(crate) mod init;
@@ -31,6 +31,7 @@ pub(crate) mod snapshot_list;
 pub(crate) mod snapshot_merge;
 pub(crate) mod snapshot_switch;
 pub(crate) mod stat;
+pub(crate) mod thaw;
 pub(crate) mod tsnapshot;
 pub(crate) mod umount;
 
@@ -66,6 +67,7 @@ pub(crate) fn run(command: &Command, output: &Output) -> Outcome {
         Command::SnapshotMerge(arguments) => snapshot_merge::run(arguments, output),
         Command::SnapshotSwitch(arguments) => snapshot_switch::run(arguments, output),
         Command::Merge(arguments) => merge::run(arguments, output),
+        Command::Thaw(arguments) => thaw::run(arguments, output),
         Command::Stat(arguments) => stat::run(arguments, output),
         Command::Start(words) => refused::run(Refused::Start, words),
         Command::Stop(words) => refused::run(Refused::Stop, words),
@@ -85,6 +87,6 @@ pub(crate) fn run(command: &Command, output: &Output) -> Outcome {
         Command::Completions(arguments) => completions::run(arguments, output),
         Command::Serve(arguments) => serve::run(arguments, output),
         Command::Keeper(arguments) => keeper::run(arguments, output),
-        Command::Guardian(arguments) => guardian::run(arguments, output),
+        Command::FreezeHelper(arguments) => freeze_helper::run(arguments, output),
     }
 }

@@ -28,6 +28,7 @@ use serde_json::Value;
 use crate::commands::{compact, map, stat};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
+use crate::freeze_service;
 use crate::job_service::{self, Cargo, Turns};
 use crate::open;
 use crate::output::Output;
@@ -140,6 +141,8 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     survivor.set_ready()?;
     ready.store(true, Ordering::Release);
     start_signal_thread(signals, entry.clone(), Arc::clone(&disk))?;
+    // Behind the last request of the start: a thaw waits for an answer of this very server.
+    freeze_service::thaw_left(entry)?;
     output.note("serving");
     // A failure leaves everything to a successor: nothing is closed here.
     serving.wait()?;
@@ -278,7 +281,8 @@ fn handlers(
     let (stop_entry, stop_ending) = (entry.clone(), Arc::clone(ending));
     let (compact_disk, map_disk) = (Arc::clone(disk), Arc::clone(disk));
     let turns = Arc::clone(turns);
-    let copies = Arc::new(CopyService::new(Arc::clone(disk), folder.cloned(), Arc::clone(&turns)));
+    let copies =
+        Arc::new(CopyService::new(Arc::clone(disk), entry.clone(), folder.cloned(), Arc::clone(&turns)));
     let copies_of_deltas = Arc::clone(&copies);
     let snapshots =
         Arc::new(SnapshotService::new(Arc::clone(disk), entry.clone(), folder.cloned(), Arc::clone(&turns)));
@@ -308,8 +312,8 @@ fn handlers(
                 |options: CompactOptions, progress| ops::compact_running(&compact_disk, &options, progress),
             )
         })
-        .with(snapshot_service::SNAPSHOT, move |connection, arguments, _| {
-            snapshots.snapshot(connection, arguments)
+        .with(snapshot_service::SNAPSHOT, move |_, arguments, descriptors| {
+            snapshots.snapshot(arguments, descriptors)
         })
         .with(snapshot_service::DELETE, move |connection, arguments, descriptors| {
             deletes.delete(connection, arguments, descriptors)

@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::exit::Outcome;
 use crate::output::{Output, Report};
 use crate::progress::Job;
-use crate::quiesce::{Allowed, DiskQuiesce};
+use crate::quiesce::{Allowed, Standing};
 use crate::snapshot_service::{self, SnapshotRequest};
 use crate::snapshots::{Target, guid, lock_timeout};
 
@@ -90,8 +90,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     }
     let target = Target::find(&arguments.disk)?;
     if let Some((entry, state)) = &target.served {
-        let request =
-            SnapshotRequest { snapshot: arguments.snapshot.map(|guid| guid.to_string()), temporary: false };
+        let request = SnapshotRequest {
+            snapshot: arguments.snapshot.map(|guid| guid.to_string()),
+            ..Default::default()
+        };
         let freezes = !arguments.no_fsfreeze && (!arguments.sync || arguments.fsfreeze);
         if !freezes && arguments.sync {
             settle(state)?;
@@ -102,7 +104,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
             advice: ADVICE,
             ..Allowed::default()
         };
-        let report = snapshot_service::ask_snapshot(state, entry, &request, allowed, output)?;
+        let report = snapshot_service::ask_snapshot(state, entry, request, allowed, output)?;
         return output.report(&Made(report));
     }
     let job = Job::begin(output, None)?;
@@ -112,7 +114,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         output.note(&format!("the temporary snapshot {deleted} was deleted"));
     }
     let mut report = to_value(&report)?;
-    DiskQuiesce::new(None, Allowed::default(), None)?.tell(&mut report);
+    Standing::find(None, Allowed::default())?.split().1.tell(&mut report);
     output.report(&Made(report))
 }
 

@@ -120,9 +120,10 @@ fn make(target: &Target, snapshot: Guid, crash_consistent: bool, output: &Output
         ops::snapshot(&target.descriptor, &options, lock_timeout(), &job.meter())?;
         return Ok(AsOf::Unused.word().to_owned());
     };
-    let request = SnapshotRequest { snapshot: Some(snapshot.to_string()), temporary: true };
+    let request =
+        SnapshotRequest { snapshot: Some(snapshot.to_string()), temporary: true, ..Default::default() };
     let allowed = Allowed { crash_consistent, advice: ADVICE, ..Allowed::default() };
-    let made = snapshot_service::ask_snapshot(state, entry, &request, allowed, output)?;
+    let made = snapshot_service::ask_snapshot(state, entry, request, allowed, output)?;
     for warning in made["warnings"].as_array().into_iter().flatten() {
         output.warn(warning.as_str().unwrap_or_default());
     }

@@ -10,6 +10,7 @@ use ploop_server::holders::unmount_all;
 use serde::Serialize;
 
 use crate::exit::Outcome;
+use crate::freeze_service;
 use crate::output::{Output, Report};
 use crate::serving::{self, Served};
 use crate::{open, space_used};
@@ -97,6 +98,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     {
         output.warn(&format!("{}: how full the disk is was not remembered: {cause}", folder.display()));
     }
+    // A file system that is unmounted while it is frozen stays so, where nobody can thaw it.
+    freeze_service::thaw_abandoned(&runtime.entry(&state.id))?;
     if let Some(device) = &state.loop_device {
         unmount_all(device)?;
     }

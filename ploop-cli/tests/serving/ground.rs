@@ -226,6 +226,11 @@ impl Running<'_> {
         self.wait()
     }
 
+    /// Its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for its end.
     #[track_caller]
     pub(crate) fn wait(mut self) -> ExitStatus {

@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 
 use nix::sys::signal::Signal;
-use ploop_core::device::control::{ControlServer, Handlers};
+use pcopy::freeze::{Helper, HelperQuiesce, Quiesce};
+use ploop_core::device::control::{Connection, ControlServer, Handlers};
 use ploop_core::{Error, ErrorKind};
 use serde_json::json;
 
@@ -110,14 +111,17 @@ fn a_command_killed_in_the_freeze_leaves_nothing_frozen() {
     let (frozen, is_frozen) = mpsc::channel();
     let server = ControlServer::start(
         &socket,
-        Handlers::new().with("snapshot", move |connection, _, _| {
-            // As a server does: the guardian is told with the first.
-            connection.send(&json!({"ask": "hook"}), &[])?;
-            drop(connection.receive(Some(PATIENCE))?);
-            connection.send(&json!({"ask": "freeze"}), &[])?;
-            drop(connection.receive(Some(PATIENCE))?);
+        Handlers::new().with("snapshot", move |connection, arguments, descriptors| {
+            let ticket = serde_json::from_value(arguments["writing"]["stop_by"].clone()).unwrap();
+            let socket = descriptors.into_iter().next().unwrap();
+            let helper = Helper { connection: Connection::from_socket(socket), ticket };
+            let mut quiesce = HelperQuiesce::new(helper, None, None);
+            quiesce.run_hook()?;
+            quiesce.freeze_file_system()?;
             frozen.send(()).ok();
             connection.wait_closed(PATIENCE);
+            // As a server that dies: the helper's connection is closed, and nobody asks it to thaw.
+            quiesce.abandon();
             Err(Error::new(ErrorKind::Cancelled, "the test is over"))
         }),
     )

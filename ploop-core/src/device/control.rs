@@ -40,6 +40,9 @@ pub const CONNECTIONS_MAX: usize = 16;
 const IDLE_MAX: Duration = Duration::from_secs(30);
 /// A peer that does not take an answer for this long is given up.
 const SEND_MAX: Duration = Duration::from_secs(10);
+/// Of what the kernel holds for a peer that does not read, the part that messages may take that can be missed. (It holds
+/// some 200 KiB in all.)
+const EVENTS_UNSENT_MAX: usize = 64 * 1024;
 
 /// A message and the descriptors that came with it.
 #[derive(Debug)]
@@ -58,6 +61,12 @@ pub struct Connection {
 
 fn failed(operation: &str, cause: impl Into<io::Error>) -> Error {
     Error::io(ErrorKind::System, operation, cause.into())
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 impl Connection {
@@ -79,6 +88,36 @@ impl Connection {
         socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
             .map(|(one, other)| (Self { socket: one }, Self { socket: other }))
             .map_err(|errno| failed("make a connection", errno))
+    }
+
+    /// This end, which was made elsewhere: a `SOCK_SEQPACKET`.
+    pub fn from_socket(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+
+    /// This end as a descriptor, to be handed to another process.
+    pub fn into_socket(self) -> OwnedFd {
+        self.socket
+    }
+
+    /// Whether [`receive`](Self::receive) would return at once: there is a message, or nobody is there any more.
+    pub fn has_message(&self) -> bool {
+        self.wait_for(PollFlags::POLLIN, Some(Duration::ZERO)).is_ok_and(|events| !events.is_empty())
+    }
+
+    /// Sends a message that may be missed; false when it was dropped since the peer has not read what was sent before.
+    /// Never waits, and leaves room for the answer.
+    pub fn send_unless_full(&self, body: &impl Serialize) -> Result<bool> {
+        let unsent = crate::io::sys::unsent_bytes(self.socket.as_fd())
+            .map_err(|cause| failed("look at the control connection", cause))?;
+        if unsent >= EVENTS_UNSENT_MAX {
+            return if self.is_closed() {
+                Err(failed("send a control message", io::ErrorKind::BrokenPipe))
+            } else {
+                Ok(false)
+            };
+        }
+        self.send(body, &[]).map(|()| true)
     }
 
     fn wait_for(&self, what: PollFlags, time_max: Option<Duration>) -> Result<PollFlags> {

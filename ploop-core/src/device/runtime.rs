@@ -27,6 +27,8 @@ pub const DISK_NAME: &str = "disk";
 pub const SOCKET_NAME: &str = "control.sock";
 /// The name of the log of keeper and server in a run-time folder.
 pub const LOG_NAME: &str = "log";
+/// The name of the record of what is frozen in a run-time folder, while anything is.
+pub const FROZEN_NAME: &str = "frozen.json";
 const STATE_NAME: &str = "state.json";
 const LOCK_NAME: &str = ".lock";
 /// A record is not longer than this.
@@ -509,6 +511,11 @@ impl Entry {
         self.path.join(LOG_NAME)
     }
 
+    /// The record of what is frozen; there is one while anything is.
+    pub fn frozen_file(&self) -> PathBuf {
+        self.path.join(FROZEN_NAME)
+    }
+
     /// The record.
     pub fn state(&self) -> Result<State> {
         let path = self.path.join(STATE_NAME);
@@ -572,7 +579,9 @@ impl Entry {
         let remove = || -> io::Result<()> {
             // Fails when nothing is mounted there, which is what is wanted.
             while super::fuse::sys::unmount(&self.disk_file(), true).is_ok() {}
-            for name in [SOCKET_NAME, LOG_NAME, DISK_NAME, ".state.json.new", STATE_NAME] {
+            let frozen = [FROZEN_NAME, "frozen.json.new", "frozen.lock"];
+            let others = [SOCKET_NAME, LOG_NAME, DISK_NAME, ".state.json.new", STATE_NAME];
+            for name in frozen.into_iter().chain(others) {
                 match fs::remove_file(self.path.join(name)) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                     _ => {}

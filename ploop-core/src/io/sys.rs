@@ -494,6 +494,14 @@ pub fn btrfs_id(folder: BorrowedFd<'_>) -> io::Result<[u8; 16]> {
     Ok(info.id)
 }
 
+/// Bytes that were written to a socket and that its peer has not read, with what the kernel needs to hold them.
+pub fn unsent_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut unsent: libc::c_int = 0;
+    // SAFETY: the call writes one integer, which the pointer is valid for.
+    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut unsent) })?;
+    Ok(usize::try_from(unsent).unwrap_or(0))
+}
+
 /// Tells the kernel that this process serves a device: its memory allocations must not wait for that very device.
 /// Inherited by threads and children started later. Needs the right to exceed resource limits.
 pub fn set_io_flusher() -> io::Result<()> {

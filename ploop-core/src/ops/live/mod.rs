@@ -45,6 +45,11 @@ pub trait Writers {
     fn settle(&mut self) -> Result<()>;
     /// Makes it consistent and stops new writes.
     fn stop(&mut self) -> Result<()>;
+    /// Whether they have stood still since [`stop`](Self::stop). Asked with the gate closed: from then on it does not
+    /// matter.
+    fn confirm(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Undoes [`stop`](Self::stop). Harmless if that was not done.
     fn go_on(&mut self) -> Result<()>;
 }
@@ -72,10 +77,28 @@ impl<'a> Stopped<'a> {
     fn stop(writers: &'a mut dyn Writers) -> Result<Self> {
         // From here on they are let go whatever happens.
         let mut stopped = Self(Some(writers));
-        if let Some(writers) = &mut stopped.0 {
-            writers.stop()?;
+        match stopped.0.as_mut().map_or(Ok(()), |writers| writers.stop()) {
+            Ok(()) => Ok(stopped),
+            Err(error) => Err(stopped.release(error)),
         }
-        Ok(stopped)
+    }
+
+    fn confirm(&mut self) -> Result<()> {
+        self.0.as_mut().map_or(Ok(()), |writers| writers.confirm())
+    }
+
+    /// Lets them go after a failure. What is to be told then, which is worse when they still stand.
+    fn release(self, error: Error) -> Error {
+        match self.go_on() {
+            Ok(()) => error,
+            Err(standing) => {
+                let advice =
+                    standing.advice().unwrap_or("thaw the file system by hand: fsfreeze -u").to_owned();
+                Error::new(standing.kind(), format!("{} and then: {}", told(&error), told(&standing)))
+                    .advise(advice)
+                    .caused_by(error)
+            }
+        }
     }
 
     fn go_on(mut self) -> Result<()> {
@@ -86,7 +109,7 @@ impl<'a> Stopped<'a> {
 impl Drop for Stopped<'_> {
     fn drop(&mut self) {
         if let Some(writers) = self.0.take() {
-            // After a failure, which is what is told.
+            // Only after a panic: nobody could be told.
             let _ = writers.go_on();
         }
     }

@@ -56,7 +56,7 @@ impl Default for SnapshotOptions {
 }
 
 /// What was done.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct SnapshotReport {
     /// The snapshot.
     pub snapshot: Guid,
@@ -72,6 +72,9 @@ pub struct SnapshotReport {
     pub frozen_ms: f64,
     /// What went wrong without harm to the snapshot.
     pub warnings: Vec<String>,
+    /// Why the writers could not be let go: the snapshot is made, and the disk stands.
+    #[serde(skip)]
+    pub not_thawed: Option<Error>,
 }
 
 /// Makes a snapshot of what the guest has written so far. On any error the guest goes on as before.
@@ -108,7 +111,12 @@ pub fn snapshot(
         Err(error) => return Err(undo(bundle, &mut descriptor, error)),
     };
     if let Some(error) = held.in_doubt {
-        return Err(error);
+        return Err(match held.not_thawed {
+            None => error,
+            Some(standing) => Error::new(error.kind(), format!("{}; and {}", told(&error), told(&standing)))
+                .advise(standing.advice().unwrap_or_default().to_owned())
+                .caused_by(error),
+        });
     }
 
     let mut warnings = Vec::new();
@@ -126,6 +134,7 @@ pub fn snapshot(
         drain_ms: milliseconds(held.drain),
         frozen_ms: milliseconds(held.frozen),
         warnings: warnings.into_iter().chain(held.warnings).collect(),
+        not_thawed: held.not_thawed,
     })
 }
 
@@ -165,6 +174,8 @@ struct Held {
     drain: Duration,
     frozen: Duration,
     warnings: Vec<String>,
+    /// Why the writers still stand.
+    not_thawed: Option<Error>,
     /// The new chain is served, and nobody knows whether it is durable. The disk is poisoned.
     in_doubt: Option<Error>,
 }
@@ -182,20 +193,27 @@ fn hold(
     disk.flush()?;
     let staged = after.stage(bundle.folder()).map_err(at_descriptor(bundle))?;
     let begun = Instant::now();
-    let stopped = Stopped::stop(writers)?;
-    // What the freeze wrote, with the gate still open.
-    disk.flush()?;
-    let closed = Instant::now();
-    let frozen = disk.freeze(options.drain_timeout)?;
-    let drain = closed.elapsed();
+    let mut stopped = Stopped::stop(writers)?;
     let mut renamed = None;
-    let unsettled = frozen.replace_chain_unsettled(|in_use| {
-        check_same(in_use, old)?;
-        renamed = Some(staged.rename().map_err(at_descriptor(bundle))?);
-        Ok(Arc::clone(new))
-    })?;
-    drop(frozen);
-    let gate = closed.elapsed();
+    let replaced = (|| {
+        // What the freeze wrote, with the gate still open.
+        disk.flush()?;
+        let closed = Instant::now();
+        let frozen = disk.freeze(options.drain_timeout)?;
+        let drain = closed.elapsed();
+        stopped.confirm()?;
+        let unsettled = frozen.replace_chain_unsettled(|in_use| {
+            check_same(in_use, old)?;
+            renamed = Some(staged.rename().map_err(at_descriptor(bundle))?);
+            Ok(Arc::clone(new))
+        })?;
+        drop(frozen);
+        Ok((unsettled, drain, closed.elapsed()))
+    })();
+    let (unsettled, drain, gate) = match replaced {
+        Ok(replaced) => replaced,
+        Err(error) => return Err(stopped.release(error)),
+    };
     let (mut warnings, mut in_doubt) = (Vec::new(), None);
     // Before the thaw, whose own flush waits for it.
     match settle(bundle, renamed, after) {
@@ -208,11 +226,9 @@ fn hold(
             in_doubt = Some(error);
         }
     }
-    // A snapshot it is, whatever becomes of the thaw, which the command's guardian tries again.
-    if let Err(error) = stopped.go_on() {
-        warnings.push(format!("the file system was not thawed: {}", told(&error)));
-    }
-    Ok(Held { gate, drain, frozen: begun.elapsed(), warnings, in_doubt })
+    // A snapshot it is, whatever becomes of the thaw.
+    let not_thawed = stopped.go_on().err();
+    Ok(Held { gate, drain, frozen: begun.elapsed(), warnings, in_doubt, not_thawed })
 }
 
 /// Makes the descriptor durable that is in place; what went wrong on the way.

@@ -1,16 +1,16 @@
-//! `ploop guardian`: thaws a file system when the copy that froze it is gone.
+//! `ploop freeze-helper`: freezes and thaws for a copy or a snapshot.
 
 use std::process::exit;
 
 use crate::exit::Outcome;
 use crate::output::Output;
 
-/// Thaw when the freezer is gone (started by copy)
+/// Freeze and thaw as told on standard input (started by copy and snapshot)
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {}
 
 pub(crate) fn run(_arguments: &Arguments, _output: &Output) -> Outcome {
-    match pcopy::freeze::guardian_main() {
+    match pcopy::helper_main(crate::quiesce::look_again) {
         0 => Ok(()),
         code => exit(i32::from(code)),
     }
