@@ -13,6 +13,7 @@ use ploop_core::device::mount_table::{self, Mount};
 use ploop_core::io::sys;
 use ploop_core::{Error, ErrorKind, Result};
 
+use super::copies::follows;
 use super::mounts::Table;
 use super::nodes::is_btrfs_member;
 use super::{Holders, Mounted, OtherUse, printable};
@@ -167,14 +168,24 @@ impl Holders {
         self.mounts.iter().any(|mounted| mounted.mount.id == mount.id)
     }
 
-    /// Whether a mount elsewhere goes by itself when `own` does, as both lie on mounts that tell each other.
+    /// As [`follows`].
     fn follows(&self, elsewhere: &Mounted, own: &Mounted) -> bool {
-        let groups = |mounted: &Mounted| {
-            let table = self.tables.iter().find(|table| table.namespace == mounted.namespace)?;
-            Some(&table.mounts.iter().find(|mount| mount.id == mounted.mount.parent)?.groups)
+        let table = |mounted: &Mounted| self.tables.iter().find(|table| table.namespace == mounted.namespace);
+        match (table(elsewhere), table(own)) {
+            (Some(there), Some(here)) => follows((&elsewhere.mount, there), (&own.mount, here)),
+            _ => false,
+        }
+    }
+
+    /// An overlay that is built on one of our mounts, which its unmounting would not end.
+    fn overlay_on(&self, own: &Mounted) -> Option<(&Mount, &Table)> {
+        let is_on_it = |table: &Table, layer: &PathBuf| {
+            let status = sys::path_status(&table.namespace.way_to(layer));
+            status.is_ok_and(|status| status.device == own.mount.device)
         };
-        let (Some(there), Some(here)) = (groups(elsewhere), groups(own)) else { return false };
-        elsewhere.mount.root == own.mount.root && there.iter().any(|group| here.contains(group))
+        let mut all =
+            self.tables.iter().flat_map(|table| table.mounts.iter().map(move |mount| (mount, table)));
+        all.find(|(mount, table)| mount.layers.iter().any(|layer| is_on_it(table, layer)))
     }
 
     /// Why not all of the device can be unmounted, found out before anything is.
@@ -207,6 +218,15 @@ impl Holders {
                 let (kind, at) = (&other.kind, printable(&other.point));
                 return Err(busy(
                     format!("{own}: {kind} ({}) is mounted on it, at {at}", printable(&other.source)),
+                    format!("unmount that first: umount {at}; nothing was changed"),
+                ));
+            }
+            if let Some((overlay, table)) = self.overlay_on(own) {
+                let at = printable(&overlay.point);
+                let place =
+                    if table.namespace.is_here { String::new() } else { format!(", in {}", table.namespace) };
+                return Err(busy(
+                    format!("{own}: it is in use: the overlay at {at} is built on it{place}"),
                     format!("unmount that first: umount {at}; nothing was changed"),
                 ));
             }

@@ -15,6 +15,7 @@
 //! ([`Holders::open_file_system`]), never by a path alone: whatever lies on a mount point by now is somebody else's.
 
 mod act;
+mod copies;
 mod mounts;
 mod nodes;
 mod processes;
@@ -29,6 +30,7 @@ use ploop_core::device::mount_table::Mount;
 use ploop_core::{Error, ErrorKind, Result};
 
 pub use act::{OpenedFileSystem, unmount_all};
+pub use copies::unmount_copies;
 pub use mounts::Namespace;
 pub use nodes::{Node, NodeKind};
 
