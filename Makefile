@@ -14,7 +14,7 @@
 
 CARGO ?= cargo
 # What tests and the demo run besides ploop itself: package names of Debian 12.
-TEST_PACKAGES := e2fsprogs xfsprogs fio gdisk qemu-utils zstd util-linux
+TEST_PACKAGES := e2fsprogs xfsprogs btrfs-progs dosfstools fio gdisk qemu-utils zstd util-linux
 BENCH_PACKAGES := rsync libnbd-bin qemu-system-common nbdkit
 export CARGO_TERM_COLOR ?= auto
 

@@ -5,6 +5,7 @@
 mod death;
 mod ground;
 mod guests;
+mod holders;
 mod killed;
 mod life;
 #[path = "../../../ploop-core/tests/patience/mod.rs"]
