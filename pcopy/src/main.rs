@@ -1,7 +1,9 @@
 //! The `pcopy` command: the bare copy of a disk that nobody uses. Standard output is the wire, so people read standard
 //! error. A running disk is copied by `ploop copy`, which knows its server.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -114,6 +116,8 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Send { disk, to, raw, chain, stall_timeout, freeze_stall_timeout } => {
+            // Until the end: nobody else mounts it meanwhile.
+            let _claim = if raw { claim_device(&disk)? } else { None };
             let (mut source, mut snapshots) = if chain {
                 let (snapshots, source) = BundleSnapshots::open_closed(&disk)?;
                 (source, Some(snapshots))
@@ -145,7 +149,10 @@ fn run(command: Command) -> Result<ExitCode> {
                     eprintln!("pcopy: the copy is in place, though its receiver ended with {status}");
                 }
             }
-            eprintln!("pcopy: sent {} bytes of data in {:.1} s", report.data_bytes, report.seconds);
+            eprintln!(
+                "pcopy: sent {} bytes of data in {:.1} s, as of: a closed disk",
+                report.data_bytes, report.seconds
+            );
         }
         Command::Receive { file, format, cluster_sectors, format_version, stall_timeout } => {
             let options =
@@ -163,6 +170,23 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::FreezeHelper => return Ok(pcopy::helper_main(|_| Ok(())).into()),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A block device for ourselves alone, as long as it is held; nothing for a file, which is locked when it is opened.
+fn claim_device(disk: &Path) -> Result<Option<File>> {
+    let is_device = std::fs::metadata(disk).is_ok_and(|status| status.file_type().is_block_device());
+    if !is_device {
+        return Ok(None);
+    }
+    let opened = File::options().read(true).custom_flags(nix::libc::O_EXCL).open(disk);
+    opened.map(Some).map_err(|cause| match cause.raw_os_error() {
+        Some(nix::libc::EBUSY) => {
+            Error::io(ErrorKind::InUse, "the device is mounted or otherwise in use", cause)
+                .at_path(disk)
+                .advise("unmount it; a running disk is copied by `ploop copy`")
+        }
+        _ => Error::io(ErrorKind::Open, "open the device", cause).at_path(disk),
+    })
 }
 
 fn seconds(seconds: u64) -> Result<Duration> {

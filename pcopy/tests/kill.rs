@@ -542,3 +542,21 @@ fn a_frozen_file_system_is_thawed_by_the_helper_and_by_the_copy() {
     drop(quiesce);
     assert!(!is_frozen());
 }
+
+#[test]
+fn a_device_that_is_mounted_is_not_sent_as_a_closed_disk() {
+    let root = referee::folder();
+    let mounted = match Mounted::new(root.path()) {
+        Ok(mounted) => mounted,
+        Err(reason) => {
+            ploop_testing::skip(ploop_testing::Need::Other, reason);
+            return;
+        }
+    };
+    let table = ploop_core::device::mount_table::read(Path::new("/proc/self/mountinfo")).unwrap();
+    let device = &table.iter().find(|mount| mount.point == mounted.0).unwrap().source;
+    let send = Command::new(PCOPY).args(["send", "--raw"]).arg(device).output().unwrap();
+    let said = String::from_utf8_lossy(&send.stderr);
+    assert_eq!(send.status.code(), Some(37), "{said}");
+    assert!(said.contains("in use") && send.stdout.is_empty(), "{said}");
+}

@@ -11,6 +11,7 @@ use ploop_core::device::loop_device::{self, AttachOptions};
 use ploop_core::device::runtime::{Entry, OpenRequest, PartitionRange, Runtime, State};
 use ploop_core::ops::Space;
 use ploop_core::{Error, ErrorKind, Result};
+use ploop_server::holders::unmount_copies;
 use serde::{Deserialize, Serialize};
 
 use crate::disk_bytes::ShownDisk;
@@ -280,6 +281,8 @@ pub(crate) fn end(served: &Served) -> Result<()> {
 }
 
 fn stop_server(entry: &Entry) -> Result<()> {
+    // A namespace made meanwhile has the exported file as well, and the server waits for its last mount to go.
+    unmount_copies(&entry.disk_file())?;
     let deadline = Instant::now() + BUSY_MAX;
     loop {
         let answer = Connection::open(&entry.socket())

@@ -7,7 +7,7 @@ use pcopy::freeze::FreezeRecord;
 use pcopy::freeze::record::now_ms;
 use ploop_core::device::runtime::{Runtime, State};
 use ploop_core::error::shown;
-use ploop_server::holders::{Holders, Mounted, OtherUse, printable};
+use ploop_server::holders::{Holders, Mounted, OtherUse};
 use serde::Serialize;
 
 use crate::exit::Outcome;
@@ -111,7 +111,7 @@ impl Report for Lines {
             let device = line.device.as_ref().map_or_else(|| "-".into(), |device| shown(&device));
             write!(out, "{device:<12} {}", shown(&line.disk))?;
             for point in &line.mount_points {
-                write!(out, " {}", printable(Path::new(point)))?;
+                write!(out, " {}", shown(Path::new(point)))?;
             }
             for user in
                 line.used_by.iter().filter(|user| user.mount_point.is_none() || user.process.is_some())

@@ -180,12 +180,14 @@ impl Trial<'_> {
             self.ground.wait_until("more is written", || written.load(Ordering::SeqCst) >= so_far + 60);
         };
         more(0);
-        self.kill_in(&["snapshot", "-u", &first, disk], true, |trial| trial.snapshots().contains(&first));
+        self.kill_in(&["snapshot", "--crash-consistent", "-u", &first, disk], true, |trial| {
+            trial.snapshots().contains(&first)
+        });
         let kept = self.content(&first);
         is_one_moment(&kept, before);
         let so_far = written.load(Ordering::SeqCst);
         self.ground.wait_until("more is written", || written.load(Ordering::SeqCst) >= so_far + 60);
-        self.ground.ends_with(0, &["snapshot", "-u", &second, disk]);
+        self.ground.ends_with(0, &["snapshot", "--crash-consistent", "-u", &second, disk]);
         let kept_second = self.content(&second);
         is_one_moment(&kept_second, before);
         assert_eq!(self.content(&first), kept);
@@ -211,7 +213,7 @@ impl Trial<'_> {
 
         self.kill_in(&["snapshot-delete", "-u", &left, disk], true, |trial| trial.snapshots().is_empty());
         // What the last of them had no time to tidy up, the next one does.
-        self.ground.ends_with(0, &["snapshot", "-u", &second, disk]);
+        self.ground.ends_with(0, &["snapshot", "--crash-consistent", "-u", &second, disk]);
     }
 
     /// Back to the one snapshot that is left; nobody may write meanwhile.

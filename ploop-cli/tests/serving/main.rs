@@ -6,6 +6,7 @@ mod death;
 mod freezing;
 mod ground;
 mod guests;
+mod holders;
 mod killed;
 mod life;
 mod partitions;

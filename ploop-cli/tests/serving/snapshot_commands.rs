@@ -190,7 +190,7 @@ fn a_full_host_refuses_a_snapshot_and_the_guest_goes_on() {
         while filler.write_all(&bytes).and_then(|()| filler.sync_data()).is_ok() {}
     }
     let folder = image.parent().unwrap();
-    let refused = ground.run(&["snapshot", "-u", ONE, text(folder)]);
+    let refused = ground.run(&["snapshot", "--crash-consistent", "-u", ONE, text(folder)]);
     let complaint = String::from_utf8_lossy(&refused.stderr).into_owned();
     println!("{complaint}");
     assert!(!refused.status.success() && complaint.contains("No space left"), "{complaint}");
@@ -203,7 +203,7 @@ fn a_full_host_refuses_a_snapshot_and_the_guest_goes_on() {
     assert_eq!(files(&image), 1, "nothing is left of it");
     drop(filler);
     fs::remove_file(point.join("filler")).unwrap();
-    ground.ends_with(0, &["snapshot", "-u", ONE, text(folder)]);
+    ground.ends_with(0, &["snapshot", "--crash-consistent", "-u", ONE, text(folder)]);
     direct.write(0, 1 << 20, 3).unwrap();
     drop(direct);
     let frozen = ground.mount(&["-n", "-r", "-u", ONE, "-c", "look", text(folder)]);
@@ -222,7 +222,7 @@ fn the_second_of_two_commands_is_refused_and_changes_nothing() {
     let folder = image.parent().unwrap();
     let device = ground.mount(&["-n", text(&image)]);
     let direct = Direct::open(&device);
-    ground.ends_with(0, &["snapshot", "-u", ONE, text(folder)]);
+    ground.ends_with(0, &["snapshot", "--crash-consistent", "-u", ONE, text(folder)]);
     direct.write(0, 8 << 20, 1).unwrap();
     // So slow that it is met at work.
     let mut first = ground.start(&["snapshot-delete", "-u", ONE, "--limit", "64K", text(folder)]);
@@ -230,7 +230,11 @@ fn the_second_of_two_commands_is_refused_and_changes_nothing() {
     first.wait_until("the merge has begun", || {
         fs::read_to_string(&descriptor).is_ok_and(|text| text.contains("Temporary"))
     });
-    for line in [&["snapshot"][..], &["snapshot-delete", "-u", ONE], &["tsnapshot", "-c", "backup"]] {
+    for line in [
+        &["snapshot", "--crash-consistent"][..],
+        &["snapshot-delete", "-u", ONE],
+        &["tsnapshot", "--crash-consistent", "-c", "backup"],
+    ] {
         ground.ends_with(17, &[line, &[text(folder)]].concat());
     }
     // The merge is cancelled; what the guest does then is what it finds.

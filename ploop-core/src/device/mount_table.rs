@@ -27,6 +27,8 @@ pub struct Mount {
     pub kind: String,
     /// What it was mounted from, as the file system says: mostly the path of a device.
     pub source: PathBuf,
+    /// The folders that an overlay is built on, as they were given: from the root of whoever mounted it.
+    pub layers: Vec<PathBuf>,
     /// Whether the file system, not only this mount of it, refuses writes.
     pub read_only: bool,
 }
@@ -67,7 +69,9 @@ fn parse(line: &[u8]) -> Option<Mount> {
     }
     let (kind, source) = (fields.next()?, path(fields.next()?));
     let options = fields.next().unwrap_or_default();
+    let layers = if kind == b"overlay" { layers(options) } else { Vec::new() };
     Some(Mount {
+        layers,
         id,
         parent,
         device: (major.parse().ok()?, minor.parse().ok()?),
@@ -78,6 +82,18 @@ fn parse(line: &[u8]) -> Option<Mount> {
         source,
         read_only: options.split(|&byte| byte == b',').any(|option| option == b"ro"),
     })
+}
+
+/// The folders named in the options of an overlay. One with a comma or a colon in its name is not understood.
+fn layers(options: &[u8]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for option in options.split(|&byte| byte == b',') {
+        let names = [&b"lowerdir="[..], b"lowerdir+=", b"datadir+=", b"upperdir="];
+        let value = names.iter().find_map(|name| option.strip_prefix(*name));
+        let folders = value.into_iter().flat_map(|value| value.split(|&byte| byte == b':'));
+        found.extend(folders.map(path).filter(|folder| folder.is_absolute()));
+    }
+    found
 }
 
 fn path(field: &[u8]) -> PathBuf {
@@ -138,6 +154,8 @@ mod tests {
         // "unbindable" has no number; a source may be nothing.
         let mount = parse(b"1 1 0:5 / / rw unbindable - tmpfs  rw").unwrap();
         assert_eq!((mount.source.as_path(), mount.read_only), (Path::new(""), false));
+        let line = b"9 1 0:5 / /m rw - overlay none rw,lowerdir=/a\\040b:/c:d,upperdir=/up,workdir=/w";
+        assert_eq!(parse(line).unwrap().layers, ["/a b", "/c", "/up"].map(PathBuf::from));
         for wrong in [&b"nonsense"[..], b"", b"1 2 3:4 / /x rw", b"1 2 3 / /x rw - a b c"] {
             assert_eq!(parse(wrong), None);
         }

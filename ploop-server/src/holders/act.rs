@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use ploop_core::device::mount_table::{self, Mount};
+use ploop_core::error::shown;
 use ploop_core::io::sys;
 use ploop_core::{Error, ErrorKind, Result};
 
+use super::copies::follows;
 use super::mounts::Table;
 use super::nodes::is_btrfs_member;
-use super::{Holders, Mounted, OtherUse, printable};
+use super::{Holders, Mounted, OtherUse};
 
 /// How long a file system that is in use is tried again before it is called busy.
 const BUSY_MAX: Duration = Duration::from_secs(5);
@@ -167,14 +169,24 @@ impl Holders {
         self.mounts.iter().any(|mounted| mounted.mount.id == mount.id)
     }
 
-    /// Whether a mount elsewhere goes by itself when `own` does, as both lie on mounts that tell each other.
+    /// As [`follows`].
     fn follows(&self, elsewhere: &Mounted, own: &Mounted) -> bool {
-        let groups = |mounted: &Mounted| {
-            let table = self.tables.iter().find(|table| table.namespace == mounted.namespace)?;
-            Some(&table.mounts.iter().find(|mount| mount.id == mounted.mount.parent)?.groups)
+        let table = |mounted: &Mounted| self.tables.iter().find(|table| table.namespace == mounted.namespace);
+        match (table(elsewhere), table(own)) {
+            (Some(there), Some(here)) => follows((&elsewhere.mount, there), (&own.mount, here)),
+            _ => false,
+        }
+    }
+
+    /// An overlay that is built on one of our mounts, which its unmounting would not end.
+    fn overlay_on(&self, own: &Mounted) -> Option<(&Mount, &Table)> {
+        let is_on_it = |table: &Table, layer: &PathBuf| {
+            let status = sys::path_status(&table.namespace.way_to(layer));
+            status.is_ok_and(|status| status.device == own.mount.device)
         };
-        let (Some(there), Some(here)) = (groups(elsewhere), groups(own)) else { return false };
-        elsewhere.mount.root == own.mount.root && there.iter().any(|group| here.contains(group))
+        let mut all =
+            self.tables.iter().flat_map(|table| table.mounts.iter().map(move |mount| (mount, table)));
+        all.find(|(mount, table)| mount.layers.iter().any(|layer| is_on_it(table, layer)))
     }
 
     /// Why not all of the device can be unmounted, found out before anything is.
@@ -200,13 +212,22 @@ impl Holders {
         }
         let here = || self.mounts.iter().filter(|mounted| mounted.namespace.is_here);
         for own in here() {
-            let point = printable(&own.mount.point);
+            let point = shown(&own.mount.point);
             let lying = self.own_table().into_iter().flat_map(|table| &table.mounts);
             let mut lying = lying.filter(|mount| mount.parent == own.mount.id && !self.is_ours(mount));
             if let Some(other) = lying.next() {
-                let (kind, at) = (&other.kind, printable(&other.point));
+                let (kind, at) = (&other.kind, shown(&other.point));
                 return Err(busy(
-                    format!("{own}: {kind} ({}) is mounted on it, at {at}", printable(&other.source)),
+                    format!("{own}: {kind} ({}) is mounted on it, at {at}", shown(&other.source)),
+                    format!("unmount that first: umount {at}; nothing was changed"),
+                ));
+            }
+            if let Some((overlay, table)) = self.overlay_on(own) {
+                let at = shown(&overlay.point);
+                let place =
+                    if table.namespace.is_here { String::new() } else { format!(", in {}", table.namespace) };
+                return Err(busy(
+                    format!("{own}: it is in use: the overlay at {at} is built on it{place}"),
                     format!("unmount that first: umount {at}; nothing was changed"),
                 ));
             }
@@ -235,7 +256,7 @@ fn is_elsewhere(mounted: &Mounted) -> Error {
         format!(
             "end process {process} ({command}) and all others in its mount namespace, or unmount it there: nsenter -t \
              {process} -m umount {}",
-            printable(&mounted.mount.point)
+            shown(&mounted.mount.point)
         ),
     )
 }
@@ -279,7 +300,7 @@ pub fn unmount_all(device: &Path) -> Result<()> {
             }
             Err(Errno::EBUSY) if Instant::now() < deadline => std::thread::sleep(BUSY_LOOK),
             Err(Errno::EBUSY) => {
-                let advice = format!("end what uses it; find it with: fuser -vm {}", printable(point));
+                let advice = format!("end what uses it; find it with: fuser -vm {}", shown(point));
                 return Err(busy("unmount the file system: it is in use".to_owned(), advice).at_path(point));
             }
             // Somebody else was faster, which the next look shows.

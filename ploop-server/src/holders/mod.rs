@@ -15,6 +15,7 @@
 //! ([`Holders::open_file_system`]), never by a path alone: whatever lies on a mount point by now is somebody else's.
 
 mod act;
+mod copies;
 mod mounts;
 mod nodes;
 mod processes;
@@ -26,9 +27,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use ploop_core::device::mount_table::Mount;
+use ploop_core::error::shown;
 use ploop_core::{Error, ErrorKind, Result};
 
 pub use act::{OpenedFileSystem, unmount_all};
+pub use copies::unmount_copies;
 pub use mounts::Namespace;
 pub use nodes::{Node, NodeKind};
 
@@ -58,7 +61,7 @@ impl Mounted {
 
 impl fmt::Display for Mounted {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{} on {}", printable(&self.mount.point), self.node.path.display())?;
+        write!(formatter, "{} on {}", shown(&self.mount.point), self.node.path.display())?;
         if self.namespace.is_here { Ok(()) } else { write!(formatter, " (in {})", self.namespace) }
     }
 }
@@ -226,10 +229,8 @@ impl Holders {
         };
         let found = act::covering(mounted, table);
         found.map_or_else(
-            || format!("something over {}", printable(&mounted.mount.point)),
-            |mount| {
-                format!("{} from {} at {}", mount.kind, printable(&mount.source), printable(&mount.point))
-            },
+            || format!("something over {}", shown(&mounted.mount.point)),
+            |mount| format!("{} from {} at {}", mount.kind, shown(&mount.source), shown(&mount.point)),
         )
     }
 }
@@ -238,10 +239,4 @@ impl Holders {
 fn is_held_exclusively(node: &Path) -> bool {
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(node);
     opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
-}
-
-/// A path on one line, whatever it holds.
-pub fn printable(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    if text.contains(char::is_control) { text.escape_default().to_string() } else { text.into_owned() }
 }
