@@ -14,12 +14,15 @@ use ploop_core::{Error, ErrorKind, Result};
 
 use crate::exchange::{frame_error, peer_error};
 use crate::pass;
-use crate::transport::Cancel;
+use crate::transport::{CALL_FACTOR, Cancel};
 use crate::wire::{
     Abort, Delta, Digest, EndDelta, EndPass, FrameReader, Header, Hello, Kind, Seal, StreamRules, Transcript,
     WireError,
 };
+use crate::work::Work;
 
+/// A sender that lives and sends nothing may have a freeze command that takes its time: it has at least this long.
+const NOTHING_SENT_MIN: Duration = Duration::from_secs(3600);
 /// Frames between two threads.
 const QUEUE_FRAMES: usize = 32;
 
@@ -72,6 +75,11 @@ pub(crate) struct Intake {
 pub(crate) struct Admission<R> {
     frames: FrameReader<R>,
     rules: StreamRules,
+    work: Work,
+    /// How long nothing may move while the sender lives.
+    nothing_sent_max: Duration,
+    /// What had moved when the sender last showed life, and since when no more has.
+    moved: (u64, Instant),
 }
 
 const OPERATION: &str = "read the stream";
@@ -81,8 +89,29 @@ fn wrong(error: WireError) -> Error {
 }
 
 impl<R: Read> Admission<R> {
-    pub(crate) fn new(input: R) -> Self {
-        Self { frames: FrameReader::new(input), rules: StreamRules::new() }
+    /// Frames from `input`; all but signs of life are steps of `work`. `stall`: how long the sender may be silent.
+    pub(crate) fn new(input: R, work: Work, stall: Duration) -> Self {
+        Self {
+            frames: FrameReader::new(input),
+            rules: StreamRules::new(),
+            work,
+            nothing_sent_max: stall.saturating_mul(CALL_FACTOR).max(NOTHING_SENT_MIN),
+            moved: (0, Instant::now()),
+        }
+    }
+
+    /// The sender lives. That does not go on for ever when nothing moves.
+    fn alive(&mut self) -> Result<()> {
+        let steps = self.work.steps();
+        if steps != self.moved.0 || self.work.is_in_call(Duration::MAX) {
+            self.moved = (steps, Instant::now());
+        }
+        if self.moved.1.elapsed() <= self.nothing_sent_max {
+            return Ok(());
+        }
+        let seconds = self.nothing_sent_max.as_secs();
+        Err(Error::new(ErrorKind::Read, format!("the sender is alive, and has sent nothing for {seconds} s"))
+            .advise("see what it waits for; a longer time-out can be given (--stall-timeout)"))
     }
 
     /// The next header that may come now. `None` at the end of a stream that may end here.
@@ -97,6 +126,9 @@ impl<R: Read> Admission<R> {
             .advise("the sender failed or the connection broke: see its message, and start the copy again")
         })?;
         self.rules.admit(&header).map_err(|error| wrong(error).at_offset(at))?;
+        if header.kind.is_numbered() {
+            self.work.step();
+        }
         Ok(header)
     }
 
@@ -124,12 +156,18 @@ impl<R: Read> Admission<R> {
                     pool.take().map_err(|error| Error::io(ErrorKind::Memory, "take a buffer", error))?;
                 buffer.truncate(usize::try_from(header.length).unwrap_or(0));
                 let payload = buffer.as_mut_slice();
-                self.frames.payload(payload).map_err(|error| frame_error(OPERATION, error))?;
+                // However slow the line is: what arrives of a long frame moves, too.
+                let work = &self.work;
+                let read = self.frames.payload_watched(payload, || work.step());
+                read.map_err(|error| frame_error(OPERATION, error))?;
                 return Ok(ReadFrame::Data(header, buffer));
             }
             let payload = self.payload(&header)?;
             return Ok(match header.kind {
-                Kind::Keepalive => continue,
+                Kind::Keepalive => {
+                    self.alive()?;
+                    continue;
+                }
                 Kind::Abort => {
                     return Err(peer_error("sender", &Abort::decode(&payload).map_err(wrong)?));
                 }
