@@ -391,10 +391,18 @@ pub(crate) fn frame_error(operation: &str, error: FrameError) -> Error {
     }
 }
 
+/// How the message begins, behind "the receiver" or "the sender", when it was the peer that gave up.
+pub(crate) const GAVE_UP: &str = " gave up: ";
+
+/// Whether it is the receiver that has given up and said why.
+pub fn is_told_by_receiver(error: &Error) -> bool {
+    error.to_string().starts_with(&format!("the receiver{GAVE_UP}"))
+}
+
 /// What a peer said when it gave up, as an error of the same kind as there.
 pub(crate) fn peer_error(peer: &str, abort: &Abort) -> Error {
     let kind = ErrorKind::from_exit_code(abort.code);
-    Error::new(kind.unwrap_or(ErrorKind::Protocol), format!("the {peer} gave up: {}", abort.text))
+    Error::new(kind.unwrap_or(ErrorKind::Protocol), format!("the {peer}{GAVE_UP}{}", abort.text))
 }
 
 /// The payload of an abort that tells the peer of `error` and of what caused it.

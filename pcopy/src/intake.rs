@@ -105,6 +105,7 @@ impl<R: Read> Admission<R> {
         let steps = self.work.steps();
         if steps != self.moved.0 || self.work.is_in_call(Duration::MAX) {
             self.moved = (steps, Instant::now());
+            return Ok(());
         }
         if self.moved.1.elapsed() <= self.nothing_sent_max {
             return Ok(());
@@ -326,5 +327,44 @@ fn check(frame: ReadFrame, transcripts: &mut Transcripts) -> Result<Arrived> {
                 Err(wrong(WireError::Field("transcript")))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{ImageKind, encode_frame};
+
+    #[test]
+    fn a_sender_that_lives_and_sends_nothing_is_left_in_the_end() {
+        let hello = Hello {
+            two_way: true,
+            cluster_sectors: 2048,
+            disk_bytes: 1 << 20,
+            version: 2,
+            image: ImageKind::Expanded,
+            copy_id: [1; 16],
+            window_bytes: 1 << 25,
+            payload_bytes_max: 4096,
+            data_bytes: 0,
+            deltas: 0,
+        };
+        let mut stream = encode_frame(Kind::Hello, 0, &hello.encode()).unwrap();
+        for _ in 0..3 {
+            stream.extend(encode_frame(Kind::Keepalive, 0, &[]).unwrap());
+        }
+        let pool = BufferPool::new(4096, 1);
+        let next = |nothing_sent_max, work: &Work| {
+            let mut admission = Admission::new(&stream[..], work.clone(), Duration::from_secs(1));
+            assert_eq!(admission.nothing_sent_max, NOTHING_SENT_MIN);
+            admission.nothing_sent_max = nothing_sent_max;
+            admission.hello().unwrap();
+            admission.next(&pool).map(drop).unwrap_err().to_string()
+        };
+        assert!(next(Duration::ZERO, &Work::default()).contains("has sent nothing"));
+        // The end of this stream, not of the patience: time is left, or it is this side that is at work.
+        assert!(next(NOTHING_SENT_MIN, &Work::default()).contains("it ends after"));
+        let work = Work::default();
+        assert!(work.call(|| next(Duration::ZERO, &work)).contains("it ends after"));
     }
 }

@@ -50,6 +50,7 @@ mod verify;
 pub mod wire;
 mod work;
 
+pub use exchange::is_told_by_receiver;
 pub use freeze::{LocalQuiesce, NothingToQuiesce, Quiesce, QuiesceOptions, guardian_main};
 pub use original::send_original;
 pub use peer::{Peer, PeerEnd};

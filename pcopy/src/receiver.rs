@@ -94,7 +94,7 @@ pub fn receive(
             None => None,
         };
         let feedback = feedback.as_mut().map(|feedback| feedback as &mut dyn Write);
-        return legacy::receive(&mut input, feedback, destination, observer, begun);
+        return legacy::receive(&mut input, feedback, destination, observer, begun).map_err(told_as_full);
     }
     let work = Work::default();
     let mut admission = Admission::new(Cursor::new(first).chain(input), work.clone(), options.stall_timeout);
@@ -418,7 +418,8 @@ impl Receiver<'_> {
     }
 
     /// The one way out of a failure.
-    fn unwind(mut self, mut error: Error) -> Error {
+    fn unwind(mut self, error: Error) -> Error {
+        let mut error = told_as_full(error);
         if let Some(answers) = self.answers.take() {
             let is_cancelled = self.options.cancel.as_ref().is_some_and(Cancel::is_cancelled);
             if error.kind() == ErrorKind::Cancelled && !is_cancelled {
@@ -536,6 +537,11 @@ impl Receiver<'_> {
             predicted_freeze_ms: None,
         });
     }
+}
+
+/// A write that failed for want of space is a want of space: that is what its exit code shall say on both sides.
+fn told_as_full(error: Error) -> Error {
+    if error.is_out_of_space() { error.with_kind(ErrorKind::Allocate) } else { error }
 }
 
 fn unexpected() -> Error {

@@ -7,6 +7,7 @@
 use std::process::ExitStatus;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use pcopy::is_told_by_receiver;
 use pcopy::peer::{Peer, PeerEnd};
 use ploop_core::{Error, ErrorKind, Result};
 use serde_json::Value;
@@ -25,6 +26,8 @@ pub(crate) struct Ends {
     /// As typed; none for a local copy.
     command: Option<String>,
     seen: Mutex<Seen>,
+    /// Advice is for people: the line that says what is known stands by itself.
+    for_people: bool,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -39,8 +42,8 @@ struct Seen {
 
 impl Ends {
     /// `peer`: what was started, if anything was.
-    pub(crate) fn new(peer: Option<Peer>, command: Option<String>) -> Self {
-        Self { peer, command, seen: Mutex::new(Seen::default()) }
+    pub(crate) fn new(peer: Option<Peer>, command: Option<String>, for_people: bool) -> Self {
+        Self { peer, command, seen: Mutex::new(Seen::default()), for_people }
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -84,13 +87,13 @@ impl Ends {
             }
             (Err(error), None) => error,
         };
-        Err(known(error, seen))
+        Err(known(error, seen, if self.for_people { "\n  " } else { "; " }))
     }
 }
 
 /// The failure with what the end of the receiver's command says of it.
 fn explain(error: Error, command: &str, end: &PeerEnd, answered: bool) -> Error {
-    let silent = matches!(error.kind(), ErrorKind::Read | ErrorKind::Write);
+    let silent = matches!(error.kind(), ErrorKind::Read | ErrorKind::Write) && !is_told_by_receiver(&error);
     let words = if end.last_words.is_empty() { String::new() } else { format!(": {}", end.last_words) };
     if end.is_interrupted {
         return Error::new(ErrorKind::Cancelled, "the receiver's command was interrupted at the terminal")
@@ -135,7 +138,7 @@ fn advice_before_answer(command: &str) -> &'static str {
 }
 
 /// The failure with the line that says what is known of disk and copy.
-fn known(error: Error, seen: Seen) -> Error {
+fn known(error: Error, seen: Seen, separator: &str) -> Error {
     let (line, error) = match seen.failed {
         // Before the sender began, there is nothing to be said of a copy, unless its server is gone.
         None if !seen.started => return error,
@@ -150,7 +153,8 @@ fn known(error: Error, seen: Seen) -> Error {
         Some((true, false)) => (NOTHING_THERE, error),
         Some((false, false)) => (NOTHING_THERE_ONLY, error),
     };
-    let advice = error.advice().map_or_else(|| line.to_owned(), |advice| format!("{advice}\n  {line}"));
+    let advice = error.advice().unwrap_or("see to what the message names, and start the copy again");
+    let advice = format!("{advice}{separator}{line}");
     error.advise(advice)
 }
 
@@ -196,7 +200,7 @@ mod tests {
     #[test]
     fn the_last_line_is_what_is_known() {
         let last = |events: &[Value]| {
-            let ends = Ends::new(None, None);
+            let ends = Ends::new(None, None, true);
             events.iter().for_each(|event| ends.see(event));
             let error = ends.finish(Err(Error::new(ErrorKind::Read, "x").advise("a"))).unwrap_err();
             (error.kind(), error.advice().unwrap().lines().last().unwrap().trim().to_owned())

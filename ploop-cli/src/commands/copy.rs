@@ -371,7 +371,7 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
             (Link { input: feedback, output: output? }, None)
         }
     };
-    let ends = Ends::new(peer, arguments.to.clone());
+    let ends = Ends::new(peer, arguments.to.clone(), !output.is_json());
     let show = |event: &Value| {
         ends.see(event);
         progress.event(event);
