@@ -12,7 +12,7 @@ use crate::pass::Counts;
 use crate::sender::SendOptions;
 use crate::source::Source;
 use crate::stats::{Downtime, Event, Observer, PassKind, PassStats, SendReport, hexadecimal};
-use crate::transport::{Activity, Cancel, Patience};
+use crate::transport::{Cancel, Patience};
 
 /// A copy on its way.
 pub(crate) struct Course<'a> {
@@ -43,7 +43,7 @@ impl<'a> Course<'a> {
             source,
             options,
             observer,
-            exchange: Arc::new(Exchange::new(two_way)),
+            exchange: Arc::new(Exchange::new(two_way, options.stall_timeout)),
             stop: Cancel::new()?,
             history: Vec::new(),
             total: Counts::default(),
@@ -56,7 +56,7 @@ impl<'a> Course<'a> {
     pub(crate) fn patience(&self) -> Patience {
         let mut cancels = vec![self.stop.clone()];
         cancels.extend(self.options.cancel.clone());
-        Patience { stall: self.options.stall_timeout, cancels, activity: Activity::new() }
+        Patience { stall: self.options.stall_timeout, cancels }
     }
 
     /// An error when the operator or a thread has ended the copy.

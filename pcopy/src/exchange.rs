@@ -1,15 +1,19 @@
 //! What the threads of a sender tell each other: credit, answers, the first failure.
 //!
 //! One mutex and one condition variable; nothing else is locked or waited for inside. The phases wait here for
-//! answers, the writing thread for credit. A failure wakes both. Time-outs are not kept here: the thread that reads
-//! answers notices a silent receiver and records it as a failure.
+//! answers, the writing thread for credit. A failure wakes both.
+//!
+//! The thread that reads answers keeps the time for all of them, the writing thread in its pipe included. It fails the
+//! copy when nothing at all is heard for the time-out, and when the receiver is heard but the copy does not move
+//! although the receiver owes something ([`Exchange::check_moves`]). What this side writes proves nothing, and a sign of
+//! life proves no more than life: only answers about the stream itself count as moving.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ploop_core::{Error, ErrorKind, Result};
 
-use crate::transport::{self, Cancel, Transport};
+use crate::transport::{self, CALL_FACTOR, Cancel, Transport};
 use crate::wire::{
     self, Abort, AnswerRules, Digest, FrameError, FrameReader, HelloAck, Kind, Told, WireError,
 };
@@ -18,10 +22,11 @@ use crate::wire::{
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Shared by the threads of one sender.
-#[derive(Default)]
 pub(crate) struct Exchange {
     state: Mutex<State>,
     changed: Condvar,
+    /// How long a receiver may be silent, or owe something without moving.
+    stall: Duration,
 }
 
 #[derive(Default)]
@@ -32,7 +37,13 @@ struct State {
     /// Bytes that may be outstanding, and the version of the stream that was answered; `None` before the receiver said so.
     window: Option<HelloAck>,
     credited_bytes: u64,
+    /// The receiver has given the same credit twice: it reports its work, so that its silence about it means something.
+    reports_work: bool,
+    /// When the copy last moved, or the receiver last began to owe something.
+    moved: Option<Instant>,
     durable_pass: u32,
+    /// The last pass whose `PassDurable` is due.
+    durable_due: u32,
     verdict: Option<Digest>,
     committed: bool,
     /// Our own transcript, once sealed.
@@ -47,6 +58,34 @@ struct State {
     abort: Option<Vec<u8>>,
 }
 
+impl State {
+    /// What the receiver has to do now, if anything.
+    fn owed(&self) -> Option<&'static str> {
+        match (self.window, self.verdict) {
+            _ if self.committed => None,
+            (None, _) => Some("to answer"),
+            (_, Some(_)) => self.told.committed.then_some("to put the copy in place"),
+            _ if self.told.sealed => Some("to compare"),
+            _ if self.told.bytes > self.credited_bytes => Some("to take in what was sent"),
+            _ => (self.durable_pass < self.durable_due).then_some("to make a pass durable"),
+        }
+    }
+
+    /// How long it may take without a sign that it moves. What cannot be seen from here may take longer: the receiver
+    /// makes its file, puts it in place, or is one that does not report its work.
+    fn owed_for_at_most(&self, stall: Duration) -> Duration {
+        let is_seen = self.reports_work && self.verdict.is_none();
+        if is_seen { stall } else { stall.saturating_mul(CALL_FACTOR) }
+    }
+
+    /// Called before something is asked of the receiver: its time begins when it owes nothing yet.
+    fn begin_owing(&mut self) {
+        if self.owed().is_none() {
+            self.moved = Some(Instant::now());
+        }
+    }
+}
+
 /// What the writing thread may do.
 pub(crate) enum Grant {
     Send,
@@ -56,10 +95,10 @@ pub(crate) enum Grant {
 }
 
 impl Exchange {
-    pub(crate) fn new(two_way: bool) -> Self {
-        let exchange = Self::default();
-        exchange.lock().two_way = two_way;
-        exchange
+    /// `stall`: how long a receiver that answers may be silent, or owe something without moving.
+    pub(crate) fn new(two_way: bool, stall: Duration) -> Self {
+        let state = State { two_way, moved: Some(Instant::now()), ..State::default() };
+        Self { state: Mutex::new(state), changed: Condvar::new(), stall }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -158,20 +197,60 @@ impl Exchange {
         self.lock().durable_pass
     }
 
-    /// Says beforehand that a pass ends, so that its answer is legal.
-    pub(crate) fn tell_pass(&self, pass: u32) {
-        self.lock().told.passes = pass;
+    /// Says beforehand that a pass ends, so that its answer is legal; of a durable one that answer is due.
+    pub(crate) fn tell_pass(&self, pass: u32, durable: bool) {
+        self.change(|state| {
+            state.begin_owing();
+            state.told.passes = pass;
+            if durable {
+                state.durable_due = pass;
+            }
+        });
     }
 
     pub(crate) fn tell_sealed(&self, transcript: Digest) {
         self.change(|state| {
+            state.begin_owing();
             state.told.sealed = true;
             state.transcript = Some(transcript);
         });
     }
 
     pub(crate) fn tell_commit(&self) {
-        self.lock().told.committed = true;
+        self.change(|state| {
+            state.begin_owing();
+            state.told.committed = true;
+        });
+    }
+
+    /// Whether nothing follows a frame of that kind.
+    pub(crate) fn is_last(&self, kind: Kind) -> bool {
+        kind == Kind::Commit || kind == Kind::Seal && !self.lock().two_way
+    }
+
+    /// Whether the copy may be in place on the other side, or come there yet: what lets it (the wish to commit, or, where
+    /// nobody answers, the seal) may have left, and the receiver has not said that it gave up.
+    pub(crate) fn may_be_in_place(&self) -> bool {
+        let state = self.lock();
+        let is_let = if state.two_way { state.told.committed } else { state.told.sealed };
+        let has_given_up = |error: &Error| error.kind() != ErrorKind::OutcomeUnknown;
+        is_let && !state.peer_abort.as_ref().is_some_and(has_given_up)
+    }
+
+    /// An error when the receiver lives but the copy has not moved for too long although it is the receiver's turn.
+    fn check_moves(&self) -> Result<()> {
+        let state = self.lock();
+        let (Some(owed), Some(moved)) = (state.owed(), state.moved) else { return Ok(()) };
+        let allowed = state.owed_for_at_most(self.stall);
+        if moved.elapsed() <= allowed {
+            return Ok(());
+        }
+        let seconds = allowed.as_secs_f64();
+        Err(Error::new(
+            ErrorKind::Write,
+            format!("the receiver is alive and had {owed}, but nothing has moved for {seconds} s"),
+        )
+        .advise("see whether the link stands still in one direction, or the receiver's disk hangs; then start the copy again (a longer time-out can be given)"))
     }
 
     /// Stops the writing thread at the next frame; this abort is its last one.
@@ -197,6 +276,9 @@ impl Exchange {
                 || kind == Kind::Hello
                 || state.window.is_some_and(|window| outstanding <= window.window_bytes);
             if free {
+                if state.two_way {
+                    state.begin_owing();
+                }
                 state.told.bytes = state.told.bytes.saturating_add(bytes);
                 return Grant::Send;
             }
@@ -247,6 +329,9 @@ impl Answers {
             let told = exchange.lock().told;
             self.rules.admit(&header, &told).map_err(|error| explain(error.into()))?;
             let payload = self.frames.small_payload(&header).map_err(explain)?;
+            if header.kind != Kind::Keepalive {
+                exchange.lock().moved = Some(Instant::now());
+            }
             match header.kind {
                 Kind::Abort => {
                     let abort = Abort::decode(&payload).map_err(|error| explain(error.into()))?;
@@ -258,6 +343,7 @@ impl Answers {
                 }
                 _ => self.take_in(header.kind, &payload, exchange).map_err(|error| explain(error.into()))?,
             }
+            exchange.check_moves()?;
         }
     }
 
@@ -273,6 +359,7 @@ impl Answers {
                 Kind::Credit => {
                     let credited = wire::decode_credit(payload)?;
                     self.rules.credit(credited, &state.told)?;
+                    state.reports_work |= state.credited_bytes == credited;
                     state.credited_bytes = credited;
                 }
                 Kind::PassDurable => {
@@ -304,10 +391,18 @@ pub(crate) fn frame_error(operation: &str, error: FrameError) -> Error {
     }
 }
 
+/// How the message begins, behind "the receiver" or "the sender", when it was the peer that gave up.
+pub(crate) const GAVE_UP: &str = " gave up: ";
+
+/// Whether it is the receiver that has given up and said why.
+pub fn is_told_by_receiver(error: &Error) -> bool {
+    error.to_string().starts_with(&format!("the receiver{GAVE_UP}"))
+}
+
 /// What a peer said when it gave up, as an error of the same kind as there.
 pub(crate) fn peer_error(peer: &str, abort: &Abort) -> Error {
     let kind = ErrorKind::from_exit_code(abort.code);
-    Error::new(kind.unwrap_or(ErrorKind::Protocol), format!("the {peer} gave up: {}", abort.text))
+    Error::new(kind.unwrap_or(ErrorKind::Protocol), format!("the {peer}{GAVE_UP}{}", abort.text))
 }
 
 /// The payload of an abort that tells the peer of `error` and of what caused it.

@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn it_ends_what_waits_and_only_when_the_time_is_over() {
-        let exchange = Arc::new(Exchange::new(true));
+        let exchange = Arc::new(Exchange::new(true, Duration::from_secs(1000)));
         let stop = Cancel::new().unwrap();
         // Dropping waits for the end of its thread: nothing comes later.
         drop(FreezeLimit::start(Duration::from_secs(1000), &exchange, &stop).unwrap());

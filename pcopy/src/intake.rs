@@ -14,12 +14,15 @@ use ploop_core::{Error, ErrorKind, Result};
 
 use crate::exchange::{frame_error, peer_error};
 use crate::pass;
-use crate::transport::Cancel;
+use crate::transport::{CALL_FACTOR, Cancel};
 use crate::wire::{
     Abort, Delta, Digest, EndDelta, EndPass, FrameReader, Header, Hello, Kind, Seal, StreamRules, Transcript,
     WireError,
 };
+use crate::work::Work;
 
+/// A sender that lives and sends nothing may have a freeze command that takes its time: it has at least this long.
+const NOTHING_SENT_MIN: Duration = Duration::from_secs(3600);
 /// Frames between two threads.
 const QUEUE_FRAMES: usize = 32;
 
@@ -72,6 +75,11 @@ pub(crate) struct Intake {
 pub(crate) struct Admission<R> {
     frames: FrameReader<R>,
     rules: StreamRules,
+    work: Work,
+    /// How long nothing may move while the sender lives.
+    nothing_sent_max: Duration,
+    /// What had moved when the sender last showed life, and since when no more has.
+    moved: (u64, Instant),
 }
 
 const OPERATION: &str = "read the stream";
@@ -81,8 +89,30 @@ fn wrong(error: WireError) -> Error {
 }
 
 impl<R: Read> Admission<R> {
-    pub(crate) fn new(input: R) -> Self {
-        Self { frames: FrameReader::new(input), rules: StreamRules::new() }
+    /// Frames from `input`; all but signs of life are steps of `work`. `stall`: how long the sender may be silent.
+    pub(crate) fn new(input: R, work: Work, stall: Duration) -> Self {
+        Self {
+            frames: FrameReader::new(input),
+            rules: StreamRules::new(),
+            work,
+            nothing_sent_max: stall.saturating_mul(CALL_FACTOR).max(NOTHING_SENT_MIN),
+            moved: (0, Instant::now()),
+        }
+    }
+
+    /// The sender lives. That does not go on for ever when nothing moves.
+    fn alive(&mut self) -> Result<()> {
+        let steps = self.work.steps();
+        if steps != self.moved.0 || self.work.is_in_call(Duration::MAX) {
+            self.moved = (steps, Instant::now());
+            return Ok(());
+        }
+        if self.moved.1.elapsed() <= self.nothing_sent_max {
+            return Ok(());
+        }
+        let seconds = self.nothing_sent_max.as_secs();
+        Err(Error::new(ErrorKind::Read, format!("the sender is alive, and has sent nothing for {seconds} s"))
+            .advise("see what it waits for; a longer time-out can be given (--stall-timeout)"))
     }
 
     /// The next header that may come now. `None` at the end of a stream that may end here.
@@ -97,6 +127,9 @@ impl<R: Read> Admission<R> {
             .advise("the sender failed or the connection broke: see its message, and start the copy again")
         })?;
         self.rules.admit(&header).map_err(|error| wrong(error).at_offset(at))?;
+        if header.kind.is_numbered() {
+            self.work.step();
+        }
         Ok(header)
     }
 
@@ -124,12 +157,18 @@ impl<R: Read> Admission<R> {
                     pool.take().map_err(|error| Error::io(ErrorKind::Memory, "take a buffer", error))?;
                 buffer.truncate(usize::try_from(header.length).unwrap_or(0));
                 let payload = buffer.as_mut_slice();
-                self.frames.payload(payload).map_err(|error| frame_error(OPERATION, error))?;
+                // However slow the line is: what arrives of a long frame moves, too.
+                let work = &self.work;
+                let read = self.frames.payload_watched(payload, || work.step());
+                read.map_err(|error| frame_error(OPERATION, error))?;
                 return Ok(ReadFrame::Data(header, buffer));
             }
             let payload = self.payload(&header)?;
             return Ok(match header.kind {
-                Kind::Keepalive => continue,
+                Kind::Keepalive => {
+                    self.alive()?;
+                    continue;
+                }
                 Kind::Abort => {
                     return Err(peer_error("sender", &Abort::decode(&payload).map_err(wrong)?));
                 }
@@ -288,5 +327,44 @@ fn check(frame: ReadFrame, transcripts: &mut Transcripts) -> Result<Arrived> {
                 Err(wrong(WireError::Field("transcript")))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{ImageKind, encode_frame};
+
+    #[test]
+    fn a_sender_that_lives_and_sends_nothing_is_left_in_the_end() {
+        let hello = Hello {
+            two_way: true,
+            cluster_sectors: 2048,
+            disk_bytes: 1 << 20,
+            version: 2,
+            image: ImageKind::Expanded,
+            copy_id: [1; 16],
+            window_bytes: 1 << 25,
+            payload_bytes_max: 4096,
+            data_bytes: 0,
+            deltas: 0,
+        };
+        let mut stream = encode_frame(Kind::Hello, 0, &hello.encode()).unwrap();
+        for _ in 0..3 {
+            stream.extend(encode_frame(Kind::Keepalive, 0, &[]).unwrap());
+        }
+        let pool = BufferPool::new(4096, 1);
+        let next = |nothing_sent_max, work: &Work| {
+            let mut admission = Admission::new(&stream[..], work.clone(), Duration::from_secs(1));
+            assert_eq!(admission.nothing_sent_max, NOTHING_SENT_MIN);
+            admission.nothing_sent_max = nothing_sent_max;
+            admission.hello().unwrap();
+            admission.next(&pool).map(drop).unwrap_err().to_string()
+        };
+        assert!(next(Duration::ZERO, &Work::default()).contains("has sent nothing"));
+        // The end of this stream, not of the patience: time is left, or it is this side that is at work.
+        assert!(next(NOTHING_SENT_MIN, &Work::default()).contains("it ends after"));
+        let work = Work::default();
+        assert!(work.call(|| next(Duration::ZERO, &work)).contains("it ends after"));
     }
 }

@@ -20,6 +20,7 @@
 //! Two-way, success of the sender means a copy in place; one-way, the receiver's exit code is the verdict. The source
 //! keeps running and stays the owner of the disk in any case.
 
+mod answering;
 pub mod converge;
 mod course;
 mod exchange;
@@ -31,6 +32,7 @@ mod loans;
 pub mod memory;
 mod original;
 mod pass;
+pub mod peer;
 
 mod receiver;
 mod sender;
@@ -42,18 +44,22 @@ pub mod target;
 mod target_chain;
 mod target_placing;
 mod target_synthesis;
+mod terminal;
 pub mod transport;
 mod verify;
 pub mod wire;
+mod work;
 
+pub use exchange::is_told_by_receiver;
 pub use freeze::{
     Helper, HelperQuiesce, LocalQuiesce, MountedFileSystem, NothingToQuiesce, Quiesce, QuiesceOptions,
     helper_main,
 };
 pub use original::send_original;
+pub use peer::{Peer, PeerEnd};
 pub use receiver::{ReceiveOptions, receive};
 pub use sender::{SendOptions, send, send_chain};
 pub use source::{Snapshots, Source};
 pub use stats::{Event, Observer, ReceiveReport, SendReport, Silent};
 pub use target::{Destination, Target};
-pub use transport::{Cancel, Link, Peer};
+pub use transport::{Cancel, Link};

@@ -12,7 +12,7 @@ use pcopy::source::DiskSource;
 use pcopy::source_chain::BundleSnapshots;
 use pcopy::target::{ImageDestination, ImageOptions};
 use pcopy::wire::ImageKind;
-use pcopy::{Link, NothingToQuiesce, Peer, ReceiveOptions, SendOptions, Silent};
+use pcopy::{Event, Link, NothingToQuiesce, Peer, ReceiveOptions, SendOptions, Silent};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Result};
 
@@ -131,24 +131,37 @@ fn run(command: Command) -> Result<ExitCode> {
             };
             let (link, peer) = match to {
                 Some(to) => {
-                    let (link, peer) = Peer::spawn(&to)?;
+                    let (link, peer) = Peer::spawn(&to, true)?;
                     (link, Some(peer))
                 }
                 None => (Link::standard_output()?, None),
             };
             let quiesce = &mut NothingToQuiesce;
-            let report = match &mut snapshots {
-                Some(snapshots) => {
-                    pcopy::send_chain(snapshots, &mut source, quiesce, link, &options, &Silent)?
+            let observer = |event: &Event| {
+                if let (Event::Started { .. }, Some(peer)) = (event, &peer) {
+                    peer.answered();
                 }
-                None => pcopy::send(&mut source, quiesce, link, &options, &Silent)?,
             };
-            if let Some(peer) = peer {
-                let status = peer.finish()?;
-                if !status.success() {
-                    eprintln!("pcopy: the copy is in place, though its receiver ended with {status}");
+            let sent = match &mut snapshots {
+                Some(snapshots) => {
+                    pcopy::send_chain(snapshots, &mut source, quiesce, link, &options, &observer)
                 }
-            }
+                None => pcopy::send(&mut source, quiesce, link, &options, &observer),
+            };
+            let report = match (sent, peer) {
+                (Ok(report), None) => report,
+                (Ok(report), Some(peer)) => {
+                    if let Some(status) = peer.finish()?.status.filter(|status| !status.success()) {
+                        eprintln!("pcopy: the copy is in place, though its receiver ended with {status}");
+                    }
+                    report
+                }
+                (Err(error), peer) => {
+                    // Its message is on standard error already, and the error matters more than how it ended.
+                    let _ = peer.map(Peer::give_up);
+                    return Err(error);
+                }
+            };
             eprintln!(
                 "pcopy: sent {} bytes of data in {:.1} s, as of: a closed disk",
                 report.data_bytes, report.seconds

@@ -30,7 +30,7 @@ use crate::pass::Counts;
 use crate::sender::SendOptions;
 use crate::source::{Loan, Reader, Source};
 use crate::standstill::{Standstill, Sweeper};
-use crate::stats::{Observer, PassKind, SendReport};
+use crate::stats::{Event, Observer, PassKind, SendReport};
 use crate::target_synthesis::SynthesizedImage;
 use crate::transport::{self, Link, Transport};
 
@@ -66,7 +66,14 @@ pub fn send_original(
     let mut sender = OriginalSender::begin(course, output, feedback)?;
     // Declared last, dropped first: after a panic, too, writers go on before all else.
     let mut standstill = Standstill::new(quiesce);
-    let sent = sender.phases(&mut standstill).map_err(|error| standstill.release(error));
+    let sent = sender.phases(&mut standstill).map_err(|error| {
+        let released = standstill.release_known(error);
+        let may_be_in_place = sender.is_ending;
+        sender.course.tell(&Event::Failed { runs: released.is_ok(), may_be_in_place });
+        match released {
+            Ok(error) | Err(error) => error,
+        }
+    });
     sender.loans.clear();
     sender.course.source.stop_tracking();
     sent.map(|()| sender.course.report(false, String::new(), 0))
@@ -89,6 +96,8 @@ struct OriginalSender<'a> {
     /// Clusters being read.
     clusters: HashSet<u64>,
     loans: Vec<Box<dyn Loan>>,
+    /// The end of the stream may have left: the receiver may have all it needs.
+    is_ending: bool,
 }
 
 impl<'a> OriginalSender<'a> {
@@ -112,6 +121,7 @@ impl<'a> OriginalSender<'a> {
             reading: HashMap::new(),
             clusters: HashSet::new(),
             loans: Vec::new(),
+            is_ending: false,
         })
     }
 
@@ -130,6 +140,7 @@ impl<'a> OriginalSender<'a> {
         self.course.check_clean()?;
         standstill.thaw(&mut self.course)?;
         self.head()?;
+        self.is_ending = true;
         self.packet(0, &[], 0)
     }
 

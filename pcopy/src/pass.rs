@@ -142,7 +142,8 @@ impl Outlet {
         outlet.spawn("pcopy-hash", move || hash(&outgoing, &hashed_queue, &hash_exchange))?;
         let exchange = Arc::clone(exchange);
         outlet.spawn("pcopy-write", move || {
-            let mut writer = FrameWriter { transport, batch: Vec::with_capacity(BATCH_BYTES * 2), keepalive };
+            let batch = Vec::with_capacity(BATCH_BYTES * 2);
+            let mut writer = FrameWriter { transport, batch, keepalive, is_complete: false };
             if let Err(error) = writer.run(&hashed, &exchange) {
                 exchange.fail(transport::explain(ErrorKind::Write, "write the stream", error));
             }
@@ -302,6 +303,8 @@ struct FrameWriter {
     transport: Transport,
     batch: Vec<u8>,
     keepalive: Duration,
+    /// The last frame of the stream was written.
+    is_complete: bool,
 }
 
 impl FrameWriter {
@@ -312,7 +315,9 @@ impl FrameWriter {
                 Err(TryRecvError::Disconnected) => break,
                 Err(TryRecvError::Empty) => {
                     self.flush()?;
-                    match hashed.recv_timeout(self.keepalive) {
+                    // Who has all it needs may have left already: a sign of life would fail there.
+                    let patience = if self.is_complete { Duration::MAX } else { self.keepalive };
+                    match hashed.recv_timeout(patience) {
                         Ok(next) => next,
                         Err(RecvTimeoutError::Timeout) => {
                             self.unnumbered(Kind::Keepalive, &[])?;
@@ -339,6 +344,7 @@ impl FrameWriter {
                         }
                     }
                     self.frame(&header, payload.bytes())?;
+                    self.is_complete = exchange.is_last(header.kind);
                 }
             }
         }

@@ -11,27 +11,25 @@
 //! still, then what there is of the copy is removed. Nothing gets the final name before the seal was compared and
 //! everything is durable and was read back.
 //!
-//! Threads: `intake` reads and checks, this one applies and answers, `verify` reads back, and one shows the sender that
-//! we live. Memory: one pool of buffers, bounded queues.
+//! Threads: `intake` reads and checks, this one applies and answers, `verify` reads back, and one tells the sender that we
+//! live, and whether our work moves. Memory: one pool of buffers, bounded queues.
 
 use std::io::{BufReader, Cursor, Read, Write};
-use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ploop_core::io::BufferPool;
 use ploop_core::{Error, ErrorKind, Extent, Result};
 
+use crate::answering::Answers;
 use crate::exchange::abort_payload;
 use crate::intake::{Admission, Arrived, Intake};
 use crate::legacy;
-use crate::pass;
 use crate::stats::{Event, Observer, ReceiveReport, hexadecimal, rate};
 use crate::target::{Destination, Target};
-use crate::transport::{self, Activity, Cancel, Link, Patience, Transport, keepalive_interval};
+use crate::transport::{self, Cancel, Link, Patience, Transport};
 use crate::verify::Verifier;
 use crate::wire::{self, Delta, Digest, EndDelta, EndPass, Header, Hello, HelloAck, Kind};
+use crate::work::Work;
 
 /// Memory of the buffers for frames.
 const BUFFERS_BYTES: u32 = 48 << 20;
@@ -84,7 +82,7 @@ pub fn receive(
     let stop = Cancel::new()?;
     let mut cancels = vec![stop.clone()];
     cancels.extend(options.cancel.clone());
-    let patience = Patience { stall: options.stall_timeout, cancels, activity: Activity::new() };
+    let patience = Patience { stall: options.stall_timeout, cancels };
     let input = link
         .input
         .ok_or_else(|| Error::new(ErrorKind::Parameter, "a receiver needs something to receive from"))?;
@@ -96,15 +94,16 @@ pub fn receive(
             None => None,
         };
         let feedback = feedback.as_mut().map(|feedback| feedback as &mut dyn Write);
-        return legacy::receive(&mut input, feedback, destination, observer, begun);
+        return legacy::receive(&mut input, feedback, destination, observer, begun).map_err(told_as_full);
     }
-    let mut admission = Admission::new(Cursor::new(first).chain(input));
+    let work = Work::default();
+    let mut admission = Admission::new(Cursor::new(first).chain(input), work.clone(), options.stall_timeout);
     let (header, hello) = admission.hello().map_err(|error| explain_first(error, first))?;
     let answers = match (hello.two_way, link.output) {
         (false, _) => None,
         (true, Some(output)) => {
             let transport = Transport::writer(output, patience)?;
-            Some(Answers::start(transport, keepalive_interval(options.stall_timeout))?)
+            Some(Answers::start(transport, options.stall_timeout, work.clone(), stop.clone())?)
         }
         (true, None) => {
             return Err(Error::new(
@@ -140,6 +139,7 @@ pub fn receive(
             sender_told: true,
             legacy: false,
         },
+        work,
         stop,
     };
     match receiver.phases(admission, &header, destination) {
@@ -196,6 +196,8 @@ struct Receiver<'a> {
     window_bytes: u64,
     progress: Progress,
     report: ReceiveReport,
+    /// What the sender is told of while it waits.
+    work: Work,
     stop: Cancel,
 }
 
@@ -240,7 +242,7 @@ impl Receiver<'_> {
     ) -> Result<()> {
         self.report.copy_id = hexadecimal(&self.hello.copy_id);
         self.report.disk_bytes = self.hello.disk_bytes;
-        self.target = Some(destination.create(&self.hello)?);
+        self.target = Some(self.work.call(|| destination.create(&self.hello))?);
         let is_chain = self.hello.deltas > 0;
         if !is_chain {
             self.start_verifier()?;
@@ -256,7 +258,8 @@ impl Receiver<'_> {
         self.window_bytes = self.hello.window_bytes.clamp(wire::WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
         let protocol_version = self.hello.protocol_version();
         let window_bytes = self.window_bytes;
-        self.answer(Kind::HelloAck, &HelloAck { window_bytes, protocol_version }.encode())?;
+        self.credited = self.consumed;
+        self.tell(|answers| answers.welcome(&HelloAck { window_bytes, protocol_version }, self.consumed))?;
         self.observer.event(&Event::Started {
             copy_id: self.report.copy_id.clone(),
             disk_bytes: self.hello.disk_bytes,
@@ -273,8 +276,11 @@ impl Receiver<'_> {
         if self.options.read_back {
             let payload_bytes = self.hello.payload_bytes_max.next_multiple_of(4096);
             let reader = self.target()?.reader()?;
-            self.verifier =
-                Some(Verifier::start(reader, usize::try_from(payload_bytes).unwrap_or(usize::MAX))?);
+            self.verifier = Some(Verifier::start(
+                reader,
+                usize::try_from(payload_bytes).unwrap_or(usize::MAX),
+                &self.work,
+            )?);
         }
         Ok(())
     }
@@ -289,7 +295,7 @@ impl Receiver<'_> {
     /// What follows is the content of that delta.
     fn begin_delta(&mut self, delta: &Delta) -> Result<()> {
         self.consumed += wire::HEADER_BYTES as u64 + Delta::BYTES as u64;
-        self.target()?.begin_delta(delta)?;
+        self.at_target(|target| target.begin_delta(delta))?;
         self.start_verifier()?;
         self.report.deltas = delta.index.saturating_add(1);
         self.observer.event(&Event::DeltaStarted {
@@ -305,7 +311,7 @@ impl Receiver<'_> {
     fn end_delta(&mut self, end: &EndDelta) -> Result<()> {
         self.consumed += wire::HEADER_BYTES as u64 + EndDelta::BYTES as u64;
         self.end_verifier();
-        self.target()?.end_delta()?;
+        self.at_target(|target| target.end_delta())?;
         self.observer
             .event(&Event::DeltaEnded { delta: end.index.saturating_add(1), data_bytes: end.data_bytes });
         self.credit(false)
@@ -350,7 +356,7 @@ impl Receiver<'_> {
             self.finish_write()?;
         }
         if end.durable {
-            self.target()?.sync()?;
+            self.at_target(|target| target.sync())?;
         }
         if let Some(verifier) = &self.verifier {
             self.report.verified_bytes = self.verified_before + verifier.barrier()?;
@@ -396,7 +402,7 @@ impl Receiver<'_> {
     /// Puts the copy in place, and says so.
     fn commit(&mut self) -> Result<()> {
         self.end_verifier();
-        self.target()?.commit()?;
+        self.at_target(|target| target.commit())?;
         self.observer.event(&Event::Committed);
         // The copy is there. That the sender may not hear of it changes nothing: it will say that it does not know.
         self.report.sender_told = self.answer(Kind::Committed, &[]).is_ok();
@@ -413,9 +419,14 @@ impl Receiver<'_> {
 
     /// The one way out of a failure.
     fn unwind(mut self, error: Error) -> Error {
+        let mut error = told_as_full(error);
         if let Some(answers) = self.answers.take() {
-            // The sender may be gone already.
-            let _ = answers.send(Kind::Abort, &abort_payload(&error));
+            let is_cancelled = self.options.cancel.as_ref().is_some_and(Cancel::is_cancelled);
+            if error.kind() == ErrorKind::Cancelled && !is_cancelled {
+                // Not the operator: the way back stood still.
+                error = answers.broken().unwrap_or(error);
+            }
+            answers.abort(&abort_payload(&error));
         }
         if let Some(intake) = &mut self.intake {
             intake.end();
@@ -449,6 +460,12 @@ impl Receiver<'_> {
         self.target.as_mut().ok_or_else(unexpected)
     }
 
+    /// A call that may take long, and whose progress nobody can see.
+    fn at_target<T>(&mut self, call: impl FnOnce(&mut dyn Target) -> Result<T>) -> Result<T> {
+        let target = self.target.as_mut().ok_or_else(unexpected)?;
+        self.work.call(|| call(&mut **target))
+    }
+
     fn free_slot(&mut self) -> Result<usize> {
         loop {
             if let Some(slot) = self.waiting.iter().position(Option::is_none) {
@@ -460,6 +477,7 @@ impl Receiver<'_> {
 
     fn finish_write(&mut self) -> Result<()> {
         let token = self.target()?.finish()?;
+        self.work.step();
         let slot = token.and_then(|token| usize::try_from(token).ok());
         let header = slot.and_then(|slot| self.waiting.get_mut(slot)).and_then(Option::take);
         let header = header.ok_or_else(|| Error::new(ErrorKind::Write, "a write of the copy was lost"))?;
@@ -480,15 +498,18 @@ impl Receiver<'_> {
         let news = self.consumed - self.credited;
         if self.answers.is_some() && (news >= self.window_bytes / CREDIT_STEPS || now && news > 0) {
             self.credited = self.consumed;
-            self.answer(Kind::Credit, &self.consumed.to_le_bytes())?;
+            self.tell(|answers| answers.credit(self.consumed))?;
         }
         Ok(())
     }
 
     /// A sender that does not listen any more may have said why: that says more than a broken pipe.
     fn answer(&self, kind: Kind, payload: &[u8]) -> Result<()> {
-        let answered = self.answers.as_ref().map_or(Ok(()), |answers| answers.send(kind, payload));
-        answered.map_err(|error| {
+        self.tell(|answers| answers.send(kind, payload))
+    }
+
+    fn tell(&self, say: impl FnOnce(&Answers) -> Result<()>) -> Result<()> {
+        self.answers.as_ref().map_or(Ok(()), say).map_err(|error| {
             let words = self.intake.as_ref().and_then(|intake| intake.last_words(LAST_WORDS));
             words.unwrap_or(error)
         })
@@ -518,61 +539,11 @@ impl Receiver<'_> {
     }
 }
 
+/// A write that failed for want of space is a want of space: that is what its exit code shall say on both sides.
+fn told_as_full(error: Error) -> Error {
+    if error.is_out_of_space() { error.with_kind(ErrorKind::Allocate) } else { error }
+}
+
 fn unexpected() -> Error {
     Error::new(ErrorKind::Protocol, "a frame came that may not come now")
-}
-
-/// The way back to the sender. Frames leave whole and numbered, from whichever thread.
-struct Answers {
-    shared: Arc<Mutex<Numbered>>,
-    ticker: Option<(SyncSender<()>, JoinHandle<()>)>,
-}
-
-struct Numbered {
-    transport: Transport,
-    sequence: u64,
-}
-
-impl Numbered {
-    fn send(&mut self, kind: Kind, payload: &[u8]) -> Result<()> {
-        let sequence = if kind.is_numbered() { self.sequence } else { 0 };
-        let frame = wire::encode_frame(kind, sequence, payload).ok_or_else(unexpected)?;
-        self.transport
-            .write_all(&frame)
-            .map_err(|error| transport::explain(ErrorKind::Write, "answer the sender", error))?;
-        self.sequence += u64::from(kind.is_numbered());
-        Ok(())
-    }
-}
-
-impl Answers {
-    fn start(transport: Transport, keepalive: Duration) -> Result<Self> {
-        let shared = Arc::new(Mutex::new(Numbered { transport, sequence: 0 }));
-        let (end, ended) = mpsc::sync_channel::<()>(1);
-        let ticking = Arc::clone(&shared);
-        let ticker = pass::spawn("pcopy-alive", move || {
-            while ended.recv_timeout(keepalive) == Err(RecvTimeoutError::Timeout) {
-                let mut answers = ticking.lock().unwrap_or_else(PoisonError::into_inner);
-                if answers.send(Kind::Keepalive, &[]).is_err() {
-                    // The sender is gone; the thread that reads will notice.
-                    return;
-                }
-            }
-        })?;
-        Ok(Self { shared, ticker: Some((end, ticker)) })
-    }
-
-    fn send(&self, kind: Kind, payload: &[u8]) -> Result<()> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner).send(kind, payload)
-    }
-}
-
-impl Drop for Answers {
-    fn drop(&mut self) {
-        if let Some((end, ticker)) = self.ticker.take() {
-            drop(end);
-            // It had nothing to report.
-            let _ = ticker.join();
-        }
-    }
 }

@@ -26,7 +26,7 @@ use crate::pass::{self, Counts, Outlet, PassReader, Walk};
 use crate::source::{Reader, Snapshots, Source};
 use crate::standstill::{Standstill, Sweeper};
 use crate::stats::{Event, Observer, PassKind, SendReport, hexadecimal, milliseconds, rate};
-use crate::transport::{Cancel, Link, Transport, keepalive_interval};
+use crate::transport::{Cancel, Link, Patience, Transport, keepalive_interval};
 use crate::wire::{EndPass, Hello, Kind};
 
 mod chain;
@@ -159,7 +159,9 @@ impl<'a> Sender<'a> {
             }
         };
         let keepalive = keepalive_interval(options.stall_timeout);
-        let outlet = Transport::writer(output, patience)
+        // With answers their reader keeps the time: a full pipe to a receiver that is at work is no stall.
+        let stall = if two_way { Duration::MAX } else { patience.stall };
+        let outlet = Transport::writer(output, Patience { stall, ..patience })
             .and_then(|transport| Outlet::start(transport, &course.exchange, &course.stop, keepalive));
         let outlet = match outlet {
             Ok(outlet) => outlet,
@@ -349,7 +351,7 @@ impl<'a> Sender<'a> {
     /// The one way out of a failure. Nothing here waits for the peer before the writers go on.
     fn unwind(mut self, standstill: Standstill<'_>, error: Error) -> Error {
         let abort = abort_payload(&error);
-        let error = standstill.release(error);
+        let released = standstill.release_known(error);
         self.loans.give_back();
         self.course.source.stop_tracking();
         if let Some(outlet) = self.outlet.take() {
@@ -357,7 +359,11 @@ impl<'a> Sender<'a> {
         }
         self.course.stop.cancel();
         self.join_answers();
-        error
+        let may_be_in_place = self.course.exchange.may_be_in_place();
+        self.course.tell(&Event::Failed { runs: released.is_ok(), may_be_in_place });
+        match released {
+            Ok(error) | Err(error) => error,
+        }
     }
 
     fn join_answers(&mut self) {
@@ -383,7 +389,7 @@ impl<'a> Sender<'a> {
             let durable = settle || last || !is_whole;
             let end = EndPass { pass: self.pass + 1, durable, last: last && is_whole };
             self.pass = end.pass;
-            self.course.exchange.tell_pass(end.pass);
+            self.course.exchange.tell_pass(end.pass, end.durable);
             self.loans.push(end.pass, walk.into_loans());
             self.control(Kind::EndPass, end.encode())?;
             if is_whole {

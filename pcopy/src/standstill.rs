@@ -145,14 +145,25 @@ impl<'a> Standstill<'a> {
 
     /// The way out of a failure, wherever it happened: writers go on. What is to be reported then, which is worse than
     /// `error` when they could not be thawed.
-    pub(crate) fn release(mut self, error: Error) -> Error {
+    #[cfg(test)]
+    pub(crate) fn release(self, error: Error) -> Error {
+        match self.release_known(error) {
+            Ok(error) | Err(error) => error,
+        }
+    }
+
+    /// The way out of a failure, wherever it happened: writers go on. What is to be reported then: `Ok` when they do,
+    /// `Err`, which is worse than `error`, when they could not be thawed.
+    pub(crate) fn release_known(mut self, error: Error) -> std::result::Result<Error, Error> {
         let thawed = self.frozen.take().map_or(Ok(()), |mut frozen| frozen.thaw());
         match thawed {
-            Ok(()) => error,
+            Ok(()) => Ok(error),
             // The guest stands still.
-            Err(frozen) => Error::new(frozen.kind(), format!("the copy failed ({error}) and then: {frozen}"))
-                .advise(frozen.advice().unwrap_or("thaw the file system by hand: fsfreeze -u").to_owned())
-                .caused_by(frozen),
+            Err(frozen) => {
+                Err(Error::new(frozen.kind(), format!("the copy failed ({error}) and then: {frozen}"))
+                    .advise(frozen.advice().unwrap_or("thaw the file system by hand: fsfreeze -u").to_owned())
+                    .caused_by(frozen))
+            }
         }
     }
 }

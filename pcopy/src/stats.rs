@@ -139,6 +139,13 @@ pub enum Event {
         /// Milliseconds of the file system's freeze.
         file_system_ms: f64,
     },
+    /// The copy has failed, and all that could be undone is (senders only).
+    Failed {
+        /// Whether the writers of the source go on.
+        runs: bool,
+        /// Whether the copy may stand under its final name on the other side, or come there yet.
+        may_be_in_place: bool,
+    },
     /// The stream is sealed; the verdict is awaited (two-way) or left to the receiver (one-way).
     Sealed {
         /// Data bytes of the whole copy.

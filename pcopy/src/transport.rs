@@ -2,8 +2,8 @@
 //!
 //! A [`Link`] is what a sender or receiver is given: a descriptor to read, a descriptor to write, or one of them.
 //! [`Transport`] makes one of these never wait without end: transfers do not block, waiting happens in `poll`, and
-//! ends when the peer has shown no sign of life for the time-out or the copy is cancelled. Bytes moved in either
-//! direction of a link are a sign of life ([`Activity`]).
+//! ends when no byte has moved in *this* direction for the time-out, or the copy is cancelled. A sender that gets
+//! answers has a better judge, who sees whether the copy moves: `exchange.rs`.
 //!
 //! Pipes are opened once more through `/proc/self/fd`, so that "do not block" is a property of our own open file and
 //! not of one shared with a shell; sockets are told so per call. Pipes are enlarged to 1 MiB where that is allowed.
@@ -14,26 +14,20 @@ use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use nix::sys::signal::{Signal, killpg};
 use nix::sys::socket::{MsgFlags, recv, sendmsg};
-use nix::unistd::Pid;
 use ploop_core::io::sys;
 use ploop_core::{Error, ErrorKind, Result};
 
 /// Size asked for each pipe, in bytes: the most an ordinary user may have by default.
 const PIPE_BYTES: i32 = 1 << 20;
-/// How long a receiver's command may take to end after the copy has, before it is killed.
-const CHILD_END: Duration = Duration::from_secs(10);
 
 /// What a side of a copy talks through.
 #[derive(Debug)]
@@ -115,54 +109,25 @@ fn cancelled() -> Error {
     Error::new(ErrorKind::Cancelled, "the copy was cancelled")
 }
 
-/// When the peer last showed life: shared by both directions of a link.
-#[derive(Clone, Debug)]
-pub struct Activity {
-    start: Instant,
-    last_ms: Arc<AtomicU64>,
-}
-
-impl Default for Activity {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl Activity {
-    /// Alive now.
-    pub fn new() -> Self {
-        Self { start: Instant::now(), last_ms: Arc::new(AtomicU64::new(0)) }
-    }
-
-    /// The peer is alive now.
-    pub fn touch(&self) {
-        self.last_ms.store(self.now_ms(), Ordering::Relaxed);
-    }
-
-    fn now_ms(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    fn silence(&self) -> Duration {
-        Duration::from_millis(self.now_ms().saturating_sub(self.last_ms.load(Ordering::Relaxed)))
-    }
-}
-
-/// How long to wait, and what may end waiting.
+/// How long one direction waits, and what may end waiting.
 #[derive(Clone, Debug)]
 pub struct Patience {
-    /// The peer may be silent for this long.
+    /// No byte may move in this direction for this long; what moves in the other one counts for nothing.
+    /// [`Duration::MAX`]: somebody else watches, and cancels.
     pub stall: Duration,
     /// Any of these ends waiting at once.
     pub cancels: Vec<Cancel>,
-    /// Signs of life of the peer.
-    pub activity: Activity,
 }
 
-/// How often a side shows that it is alive while it has nothing to say.
+/// How often a side shows that it is alive while it has nothing to say: several times within the shortest time-out that
+/// can be given, as the peer's is not known.
 pub(crate) fn keepalive_interval(stall_timeout: Duration) -> Duration {
-    (stall_timeout / 4).clamp(Duration::from_millis(10), Duration::from_secs(5))
+    (stall_timeout / 4).clamp(Duration::from_millis(10), Duration::from_millis(250))
 }
+
+/// How long a single call of a peer that cannot be counted (a sync, making a file, putting it in place) may take, as a
+/// multiple of the time-out for what moves.
+pub(crate) const CALL_FACTOR: u32 = 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
@@ -216,9 +181,9 @@ impl Transport {
         Ok(Self { descriptor, class, patience })
     }
 
-    /// The signs of life of this link.
-    pub fn activity(&self) -> &Activity {
-        &self.patience.activity
+    /// From now on no byte may move for at most this long, if that is shorter than before.
+    pub fn limit(&mut self, stall: Duration) {
+        self.patience.stall = self.patience.stall.min(stall);
     }
 
     /// Writes all of both slices, in as few calls as possible.
@@ -245,10 +210,7 @@ impl Transport {
             };
             match result {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => {
-                    self.patience.activity.touch();
-                    return Ok(count);
-                }
+                Ok(count) => return Ok(count),
                 Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT)?,
                 Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
@@ -256,16 +218,16 @@ impl Transport {
         }
     }
 
-    /// Waits until the descriptor is ready, a cancel is raised or the peer has been silent for too long.
+    /// Waits until the descriptor is ready, a cancel is raised or nothing has moved for too long.
     fn wait(&self, events: PollFlags) -> io::Result<()> {
-        // Waiting begins now: the time this side was busy with something else is no silence of the peer.
+        // Waiting begins now: bytes have moved until here, or this side was busy with something else.
         let begun = Instant::now();
         loop {
             if self.patience.cancels.iter().any(Cancel::is_cancelled) {
                 return Err(io::Error::other(CancelledMark));
             }
-            let silent = self.patience.activity.silence().min(begun.elapsed());
-            let Some(left) = self.patience.stall.checked_sub(silent).filter(|left| !left.is_zero()) else {
+            let Some(left) = self.patience.stall.checked_sub(begun.elapsed()).filter(|left| !left.is_zero())
+            else {
                 return Err(io::ErrorKind::TimedOut.into());
             };
             let mut descriptors = vec![PollFd::new(self.descriptor.as_fd(), events)];
@@ -299,10 +261,7 @@ impl Read for Transport {
                 _ => nix::unistd::read(&self.descriptor, buffer),
             };
             match result {
-                Ok(count) => {
-                    self.patience.activity.touch();
-                    return Ok(count);
-                }
+                Ok(count) => return Ok(count),
                 Err(Errno::EAGAIN) => self.wait(PollFlags::POLLIN)?,
                 Err(Errno::EINTR) => {}
                 // A peer that was killed with bytes unread resets a socket: the stream has ended.
@@ -380,115 +339,6 @@ pub fn explain(kind: ErrorKind, operation: &str, error: io::Error) -> Error {
     Error::io(kind, operation, error).advise(advice)
 }
 
-/// A receiver's command, started for a two-way copy.
-#[derive(Debug)]
-pub struct Peer {
-    child: Child,
-    ended: bool,
-}
-
-impl Peer {
-    /// Starts `command` (words separated by blanks; quotes and backslashes as in a shell, nothing else of a shell)
-    /// with both ends of a link. Its standard error is ours.
-    pub fn spawn(command: &str) -> Result<(Link, Self)> {
-        let words = split_command(command)?;
-        let (program, arguments) = words.split_first().ok_or_else(|| {
-            Error::new(ErrorKind::Parameter, "the receiver's command is empty")
-                .advise("for example: --to 'ssh HOST ploop copy -d FILE'")
-        })?;
-        let mut command = Command::new(program);
-        command.args(arguments);
-        Self::start(&mut command)
-    }
-
-    /// Starts a program with both ends of a link. Its standard error is that of this process unless set.
-    pub fn start(command: &mut Command) -> Result<(Link, Self)> {
-        let program = command.get_program().to_string_lossy().into_owned();
-        let failed = |error| {
-            Error::io(ErrorKind::System, format!("start the receiver's command \"{program}\""), error)
-                .advise("see whether the program exists and can be run")
-        };
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0).spawn().map_err(failed)?;
-        let link = Link {
-            input: child.stdout.take().map(OwnedFd::from),
-            output: child.stdin.take().map(OwnedFd::from),
-        };
-        Ok((link, Self { child, ended: false }))
-    }
-
-    /// Waits until the command ends, and kills it and what it started when it does not within ten seconds. Drop or
-    /// use up the link first: the command ends when its input does.
-    pub fn finish(mut self) -> Result<ExitStatus> {
-        let waiting = |error| Error::io(ErrorKind::System, "wait for the receiver's command", error);
-        let end = Instant::now() + CHILD_END;
-        while Instant::now() < end {
-            if let Some(status) = self.child.try_wait().map_err(waiting)? {
-                self.ended = true;
-                return Ok(status);
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        self.kill();
-        self.child.wait().map_err(waiting)
-    }
-
-    fn kill(&mut self) {
-        if !std::mem::replace(&mut self.ended, true)
-            && let Ok(group) = i32::try_from(self.child.id())
-        {
-            // It may have ended meanwhile: then there is nothing to kill.
-            let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
-        }
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        if !self.ended {
-            self.kill();
-            let _ = self.child.wait();
-        }
-    }
-}
-
-/// Words of a command: blanks separate, quotes and backslashes keep together. What a shell would do more with is
-/// refused, so that nobody expects it.
-fn split_command(command: &str) -> Result<Vec<String>> {
-    let wrong = |what: &str| {
-        Error::new(ErrorKind::Parameter, format!("the receiver's command has {what}"))
-            .advise("no shell reads it; where one is needed, write: sh -c '…'")
-    };
-    let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
-    let mut letters = command.chars();
-    while let Some(letter) = letters.next() {
-        match (quote, letter) {
-            (Some(open), _) if letter == open => quote = None,
-            (Some('\''), _) => word.get_or_insert_default().push(letter),
-            (_, '\\') => {
-                let next = letters.next().ok_or_else(|| wrong("a backslash at its end"))?;
-                word.get_or_insert_default().push(next);
-            }
-            (Some(_), '$' | '`') => return Err(wrong("an expansion")),
-            (Some(_), _) => word.get_or_insert_default().push(letter),
-            (None, '\'' | '"') => {
-                quote = Some(letter);
-                word.get_or_insert_default();
-            }
-            (None, _) if letter.is_whitespace() => words.extend(word.take()),
-            (None, '|' | '&' | ';' | '<' | '>' | '(' | ')' | '$' | '`' | '*' | '?') => {
-                return Err(wrong(&format!("\"{letter}\" outside quotes")));
-            }
-            (None, _) => word.get_or_insert_default().push(letter),
-        }
-    }
-    if quote.is_some() {
-        return Err(wrong("a quote that does not end"));
-    }
-    words.extend(word);
-    Ok(words)
-}
-
 /// Borrowing helper for callers that poll a link themselves.
 impl AsFd for Transport {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -502,7 +352,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     fn patience(stall_ms: u64, cancels: Vec<Cancel>) -> Patience {
-        Patience { stall: Duration::from_millis(stall_ms), cancels, activity: Activity::new() }
+        Patience { stall: Duration::from_millis(stall_ms), cancels }
     }
 
     fn pipe() -> (OwnedFd, OwnedFd) {
@@ -564,32 +414,5 @@ mod tests {
         let _reader = Transport::reader(read, patience(1000, Vec::new())).unwrap();
         let flags = OFlag::from_bits_retain(fcntl(&shared, FcntlArg::F_GETFL).unwrap());
         assert!(!flags.contains(OFlag::O_NONBLOCK));
-    }
-
-    #[test]
-    fn commands_are_words_and_no_shell_script() {
-        let words = |command| split_command(command).unwrap();
-        assert_eq!(
-            words("ssh  host ploop copy -d '/a b/c'"),
-            ["ssh", "host", "ploop", "copy", "-d", "/a b/c"]
-        );
-        assert_eq!(words(r#"sh -c "a \" b" '' x\ y"#), ["sh", "-c", "a \" b", "", "x y"]);
-        for refused in ["a | b", "a > b", "a $HOME", "a; b", "a 'b", "a \"$b\"", "a \\"] {
-            assert_eq!(split_command(refused).unwrap_err().kind(), ErrorKind::Parameter, "{refused}");
-        }
-    }
-
-    #[test]
-    fn a_peer_is_spawned_and_ends() {
-        let (link, peer) = Peer::spawn("cat").unwrap();
-        let mut writer = Transport::writer(link.output.unwrap(), patience(5000, Vec::new())).unwrap();
-        let mut reader = Transport::reader(link.input.unwrap(), patience(5000, Vec::new())).unwrap();
-        writer.write_all(b"hello").unwrap();
-        drop(writer);
-        let mut text = String::new();
-        reader.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "hello");
-        assert!(peer.finish().unwrap().success());
-        assert_eq!(Peer::spawn("/nonexistent/program").unwrap_err().kind(), ErrorKind::System);
     }
 }

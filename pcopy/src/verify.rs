@@ -17,6 +17,7 @@ use ploop_core::{Error, ErrorKind, Extent, Result};
 use crate::pass;
 use crate::source::Reader;
 use crate::wire::{Header, Kind};
+use crate::work::Work;
 
 /// Frames that may wait to be read back.
 const QUEUE_FRAMES: usize = 4096;
@@ -36,15 +37,15 @@ pub(crate) struct Verifier {
 }
 
 impl Verifier {
-    /// Starts the thread; no frame has more than `payload_bytes_max` bytes.
-    pub(crate) fn start(reader: Box<dyn Reader>, payload_bytes_max: usize) -> Result<Self> {
+    /// Starts the thread; no frame has more than `payload_bytes_max` bytes. What is read back is a step of `work`.
+    pub(crate) fn start(reader: Box<dyn Reader>, payload_bytes_max: usize, work: &Work) -> Result<Self> {
         let (queue, tasks) = mpsc::sync_channel(QUEUE_FRAMES);
         let failure = Arc::new(Mutex::new(None));
-        let shared = Arc::clone(&failure);
+        let (shared, work) = (Arc::clone(&failure), work.clone());
         let thread = pass::spawn("pcopy-verify", move || {
             let pool = BufferPool::new(payload_bytes_max, READS_MAX);
             let mut reading =
-                ReadBack { reader, pool, waiting: HashMap::new(), next_token: 0, verified_bytes: 0 };
+                ReadBack { reader, pool, waiting: HashMap::new(), next_token: 0, verified_bytes: 0, work };
             if let Err(error) = reading.run(&tasks) {
                 *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             }
@@ -101,6 +102,7 @@ struct ReadBack {
     waiting: HashMap<u64, (Header, Extent)>,
     next_token: u64,
     verified_bytes: u64,
+    work: Work,
 }
 
 impl ReadBack {
@@ -173,6 +175,7 @@ impl ReadBack {
     fn finish_one(&mut self) -> Result<()> {
         let lost = || Error::new(ErrorKind::Read, "a read of the copy was lost");
         let (token, buffer) = self.reader.finish()?.ok_or_else(lost)?;
+        self.work.step();
         let (header, extent) = self.waiting.remove(&token).ok_or_else(lost)?;
         let is_equal = match header.kind {
             Kind::Data => header.check(buffer.as_slice()).is_ok(),

@@ -433,7 +433,7 @@ impl<R: Read> FrameReader<R> {
     /// The next header; `None` when the stream ends before one. Its payload must be read next.
     pub fn header(&mut self) -> Result<Option<Header>, FrameError> {
         let mut bytes = [0; HEADER_BYTES];
-        match self.fill(&mut bytes)? {
+        match self.fill(&mut bytes, || {})? {
             0 => Ok(None),
             HEADER_BYTES => Ok(Some(Header::decode(&bytes)?)),
             // What was cut may have been no frame from the start.
@@ -446,7 +446,12 @@ impl<R: Read> FrameReader<R> {
 
     /// Fills `payload` with the payload that belongs to the last header; the digest is the caller's to check.
     pub fn payload(&mut self, payload: &mut [u8]) -> Result<(), FrameError> {
-        if self.fill(payload)? == payload.len() { Ok(()) } else { Err(FrameError::Cut) }
+        self.payload_watched(payload, || {})
+    }
+
+    /// As [`payload`](Self::payload); `moved` is called whenever some of it has come.
+    pub fn payload_watched(&mut self, payload: &mut [u8], moved: impl FnMut()) -> Result<(), FrameError> {
+        if self.fill(payload, moved)? == payload.len() { Ok(()) } else { Err(FrameError::Cut) }
     }
 
     /// The payload of a frame that is no `Data`, with its digest checked: at most [`Abort::BYTES`].
@@ -459,7 +464,7 @@ impl<R: Read> FrameReader<R> {
         Ok(payload)
     }
 
-    fn fill(&mut self, buffer: &mut [u8]) -> Result<usize, FrameError> {
+    fn fill(&mut self, buffer: &mut [u8], mut moved: impl FnMut()) -> Result<usize, FrameError> {
         let mut filled = 0;
         while filled < buffer.len() {
             match self.input.read(&mut buffer[filled..]) {
@@ -467,6 +472,7 @@ impl<R: Read> FrameReader<R> {
                 Ok(count) => {
                     filled += count;
                     self.position += count as u64;
+                    moved();
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(FrameError::Io(error)),

@@ -5,6 +5,7 @@
 
 mod args;
 mod commands;
+mod copy_ends;
 mod copy_service;
 mod disk_bytes;
 mod exit;

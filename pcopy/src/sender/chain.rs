@@ -120,7 +120,7 @@ impl Sender<'_> {
         let sent = self.read_delta(&mut *source, pass, begun, expected_bytes)?;
         self.course.total.merge(sent);
         self.pass = pass;
-        self.course.exchange.tell_pass(pass);
+        self.course.exchange.tell_pass(pass, true);
         self.control(Kind::EndPass, EndPass { pass, durable: true, last: false }.encode())?;
         let flushed = Instant::now();
         if self.two_way {

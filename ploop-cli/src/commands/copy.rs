@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use pcopy::freeze::{Helper, QuiesceOptions};
+use pcopy::peer::Peer;
 use pcopy::stats::Event;
 use pcopy::target::{Destination, FileTarget, ImageDestination, ImageOptions, Target};
-use pcopy::transport::{Cancel, Link, Peer};
+use pcopy::transport::{Cancel, Link};
 use pcopy::wire::{Hello, ImageKind};
 use pcopy::{ReceiveOptions, receive};
 use ploop_core::device::control::Connection;
@@ -27,6 +28,7 @@ use serde_json::Value;
 
 use crate::args;
 use crate::commands::init::{Format, ImageVersion};
+use crate::copy_ends::Ends;
 use crate::copy_service::{CHAIN_VERB, CopyRequest, Freight, VERB, Wishes, descriptor_of_all, to_value};
 use crate::exit::Outcome;
 use crate::open::{self, Wanted};
@@ -51,8 +53,10 @@ use crate::{freeze_service, leash};
                   last pass the freeze command runs, the file systems on the disk are frozen, and both are undone when the \
                   copy is proven equal or has failed. The disk keeps running here. A failed copy leaves no file under the \
                   final name.\n\n\
-                  Exit codes: 0 sent completely (--to and -d: received, verified and durable); 1 the target exists; 13 the \
-                  stream is damaged; 14 the freeze command failed, the disk does not become quiet, something uses it that cannot be frozen, or the freeze would last too long; 37 in use."
+                  Exit codes: 0 sent completely (--to and -d: received, verified and durable); with --to and -d that of the \
+                  receiver if it fails, such as 1 the target exists, 20 no space; 6 the other end is gone or silent; 7 it lives \
+                  and nothing moves; 13 the stream is damaged; 14 the freeze command failed, the disk does not become quiet or \
+                  the freeze would last too long; 37 in use; 75 nobody here knows whether the copy is in place."
 )]
 pub(crate) struct Arguments {
     /// What to send: the device, the mount point, the image or the DiskDescriptor.xml of a disk
@@ -378,17 +382,26 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
     let progress = Progress::new(output);
     let (link, peer) = match (target, &arguments.to) {
         (Some(target), _) => {
-            Peer::start(&mut receiver_command(arguments, target)).map(|(link, peer)| (link, Some(peer)))?
+            let command = &mut receiver_command(arguments, target);
+            Peer::start(command, false).map(|(link, peer)| (link, Some(peer)))?
         }
-        (None, Some(command)) => Peer::spawn(command).map(|(link, peer)| (link, Some(peer)))?,
+        // Under --json standard error is for events.
+        (None, Some(command)) => {
+            Peer::spawn(command, !output.is_json()).map(|(link, peer)| (link, Some(peer)))?
+        }
         (None, None) => {
             let output = stream
                 .map_or_else(|| Link::standard_output().map(|link| link.output), |stream| Ok(Some(stream)));
             (Link { input: feedback, output: output? }, None)
         }
     };
-    let sent = from.send(arguments, link, &cancel, &progress);
-    let figures = finish(sent, peer, arguments)?;
+    let ends = Ends::new(peer, arguments.to.clone(), !output.is_json());
+    let show = |event: &Value| {
+        ends.see(event);
+        progress.event(event);
+    };
+    let sent = from.send(arguments, link, &cancel, &show);
+    let figures = ends.finish(sent)?;
     progress.done(&figures);
     if figures["as_of"] == AsOf::CrashConsistent.word() {
         output.warn("the copy is crash-consistent, as after a power loss: something that used the disk was not stopped");
@@ -424,31 +437,8 @@ fn receiver_command(arguments: &Arguments, target: &Path) -> Command {
     command
 }
 
-/// Waits for the receiver's command, whose end may be the reason of a failure.
-fn finish(sent: Result<Value>, peer: Option<Peer>, arguments: &Arguments) -> Result<Value> {
-    let Some(peer) = peer else { return sent };
-    let status = peer.finish();
-    match (sent, status) {
-        (Ok(figures), Ok(_)) => Ok(figures),
-        // It has said that the copy is in place; nothing that follows can make that undone.
-        (Ok(figures), Err(_)) => Ok(figures),
-        (Err(error), Ok(status)) if !status.success() && !told_by_receiver(&error) => {
-            let command = arguments.to.as_deref().unwrap_or("ploop copy -d");
-            Err(Error::new(
-                ErrorKind::System,
-                format!("the receiver's command \"{command}\" failed ({status})"),
-            )
-            .caused_by(error)
-            .advise("see its message above, and run it by hand"))
-        }
-        (Err(error), _) => Err(error),
-    }
-}
-
-/// Whether the error is more than the silence of a receiver that ended.
-fn told_by_receiver(error: &Error) -> bool {
-    !matches!(error.kind(), ErrorKind::Read | ErrorKind::Write)
-}
+/// What becomes of the events of a copy.
+type Show<'a> = &'a (dyn Fn(&Value) + Sync);
 
 /// Where a copy comes from.
 enum Origin {
@@ -506,7 +496,7 @@ impl Origin {
         path.map(|path| path.as_os_str().to_owned()).unwrap_or_default()
     }
 
-    fn send(&self, arguments: &Arguments, link: Link, cancel: &Cancel, progress: &Progress) -> Result<Value> {
+    fn send(&self, arguments: &Arguments, link: Link, cancel: &Cancel, show: Show<'_>) -> Result<Value> {
         let served = match self {
             Self::Served(state, entry) => Some((&**state, entry)),
             Self::Closed(_) => None,
@@ -549,8 +539,8 @@ impl Origin {
         };
         let is_chain = arguments.chain;
         let sent = match self {
-            Self::Served(_, entry) => send_served(entry, (is_chain, wishes), link, helper, cancel, progress),
-            Self::Closed(request) => send_closed(request, (is_chain, wishes), link, helper, cancel, progress),
+            Self::Served(_, entry) => send_served(entry, (is_chain, wishes), link, helper, cancel, show),
+            Self::Closed(request) => send_closed(request, (is_chain, wishes), link, helper, cancel, show),
         };
         sent.map(|mut figures| {
             claim.tell(&mut figures);
@@ -565,7 +555,7 @@ fn send_closed(
     link: Link,
     helper: Option<Helper>,
     cancel: &Cancel,
-    progress: &Progress,
+    show: Show<'_>,
 ) -> Result<Value> {
     let mut quiesce = freeze_service::quiesce(helper, Some(cancel), None);
     let descriptor = is_chain.then(|| descriptor_of_all(request)).transpose()?;
@@ -574,7 +564,11 @@ fn send_closed(
     let disk = Disk::open(Arc::clone(&opened.chain), options)?;
     let sent = {
         let mut freight = Freight::of(&disk, descriptor.as_deref())?;
-        let observer = observer(Some(progress));
+        let observer = |event: &Event| {
+            if let Ok(event) = serde_json::to_value(event) {
+                show(&event);
+            }
+        };
         wishes.send(&mut freight, &mut *quiesce, link, cancel.clone(), &observer)
     };
     let closed = disk.close();
@@ -590,7 +584,7 @@ fn send_served(
     link: Link,
     helper: Option<Helper>,
     cancel: &Cancel,
-    progress: &Progress,
+    show: Show<'_>,
 ) -> Result<Value> {
     let connection = crate::serving::connect(entry)?;
     let verb = if is_chain { CHAIN_VERB } else { VERB };
@@ -611,7 +605,7 @@ fn send_served(
     drop((output, link.input, leash, helper));
     connection.answer(verb, None, |message| {
         freeze_service::refuse_old_server(&connection, &message);
-        progress.event(&message);
+        show(&message);
     })
 }
 

@@ -19,5 +19,6 @@ mod space;
 mod stage;
 mod support;
 mod two_commands;
+mod two_ends;
 mod usage;
 mod witness;
