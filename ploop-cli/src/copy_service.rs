@@ -202,8 +202,16 @@ impl CopyService {
         let _turn = self.turns.copy(cargo, &cancel)?;
         leash::watch(leash, cancel.clone())?;
         let observer = |event: &Event| {
-            // Whoever looks on and does not read is not waited for: the disk may be frozen.
-            if connection.send_unless_full(event).is_err() {
+            // Whoever looks on and does not read is not waited for: the disk may be frozen. What decides what may be said
+            // of a failed copy is never dropped; these are few, and room is left for them.
+            let decides =
+                matches!(event, Event::Started { .. } | Event::Sealed { .. } | Event::Failed { .. });
+            let sent = if decides {
+                connection.send(event, &[]).map(|()| true)
+            } else {
+                connection.send_unless_full(event)
+            };
+            if sent.is_err() {
                 cancel.cancel();
             }
         };
