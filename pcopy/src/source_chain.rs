@@ -142,8 +142,8 @@ fn check_chain(
         let open = chain.storage(index).descriptor().and_then(|open| FileIdentity::of(open).ok());
         folder.identity_of(image.file()).is_ok_and(|named| open == Some(named))
     };
-    let is_same =
-        images.len() == chain.depth() && images.iter().enumerate().all(|(index, image)| is_open(index, image));
+    let is_same = images.len() == chain.depth()
+        && images.iter().enumerate().all(|(index, image)| is_open(index, image));
     if is_same {
         return Ok(());
     }

@@ -26,6 +26,10 @@ pub(crate) struct Arguments {
 enum Health {
     /// Served.
     Running,
+    /// Served, and nobody would succeed the server: its keeper is dead.
+    Unguarded,
+    /// The server gives no sign of life.
+    Hanging,
     /// About to be served, or a server is just succeeding another.
     Starting,
     /// A sync has failed: writes fail, reads go on.
@@ -49,6 +53,8 @@ struct Line {
     takeovers: u32,
     jobs: Vec<String>,
     failure: Option<String>,
+    /// What is wrong, though the disk goes on.
+    warnings: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -86,6 +92,9 @@ impl Report for Lines {
                 write!(out, " {failure}")?;
             }
             writeln!(out)?;
+            for warning in &line.warnings {
+                writeln!(out, "    {warning}")?;
+            }
         }
         Ok(())
     }
@@ -107,12 +116,29 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         Some(device) => runtime::mount_points_of(device)?,
         None => Vec::new(),
     };
+    let has_keeper = state.keeper.is_some_and(|keeper| keeper.is_running());
+    let mut warnings = Vec::new();
     let (health, jobs) = if state.failure.is_some() || (!state.is_running() && state.keeper.is_some()) {
         (Health::Failed, Vec::new())
+    } else if let Some(trouble) = state.trouble.as_ref().filter(|_| has_keeper) {
+        // A server that hangs is not asked.
+        warnings.push(trouble.clone());
+        (Health::Hanging, Vec::new())
     } else {
         match serving::status_of(&runtime.entry(&state.id)) {
             Ok(status) if status.poisoned => (Health::Poisoned, status.jobs),
-            Ok(status) if status.ready => (Health::Running, status.jobs),
+            Ok(status) if status.ready && (status.unguarded || state.keeper.is_some() && !has_keeper) => {
+                warnings.push(
+                    "the keeper is dead: everything is written out at once until the server has another one"
+                        .into(),
+                );
+                warnings.extend(status.warnings);
+                (Health::Unguarded, status.jobs)
+            }
+            Ok(status) if status.ready => {
+                warnings.extend(status.warnings);
+                (Health::Running, status.jobs)
+            }
             Ok(_) | Err(_) => (Health::Starting, Vec::new()),
         }
     };
@@ -128,6 +154,7 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         server: state.server.map(|process| process.id),
         takeovers: state.takeovers,
         jobs,
+        warnings,
         failure: state.failure.map(|failure| failure.message),
         id: state.id,
         device: state.loop_device,

@@ -5,6 +5,7 @@
 mod death;
 mod ground;
 mod guests;
+mod identity;
 mod killed;
 mod life;
 #[path = "../../../ploop-core/tests/patience/mod.rs"]
@@ -15,3 +16,4 @@ mod resize;
 mod snapshot_commands;
 mod snapshots;
 mod space;
+mod takeover;

@@ -84,9 +84,10 @@ impl ImageLock {
         // From here on dropping `lock` takes back whatever part of it was got.
         match lock.take_bytes() {
             // Whoever gives a file a second name holds it as a reader meanwhile, so this count is not too old.
-            Ok(()) if counts_names
-                && ownership == Ownership::Writer
-                && sys::link_count(&file).map_err(cannot)? > 1 =>
+            Ok(())
+                if counts_names
+                    && ownership == Ownership::Writer
+                    && sys::link_count(&file).map_err(cannot)? > 1 =>
             {
                 Err(shared_by_clones(path))
             }

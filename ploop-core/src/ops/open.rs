@@ -278,9 +278,8 @@ pub fn open_held(
     options: &OpenOptions,
 ) -> Result<Opened> {
     if let Some(folder) = folder.filter(|_| options.access == Access::ReadWrite) {
-        let failed = |cause| {
-            Error::io(ErrorKind::Sync, "open disk: sync its folder", cause).at_path(folder.path())
-        };
+        let failed =
+            |cause| Error::io(ErrorKind::Sync, "open disk: sync its folder", cause).at_path(folder.path());
         folder.sync().map_err(failed)?;
     }
     let mut opening = Opening { is_held: true, ..Opening::new(options) };

@@ -37,7 +37,10 @@ use serde::Serialize;
 use super::catching_up::{CatchingUp, check_clean, not_quiet};
 use super::copier::{self, Copier};
 use super::space::Held;
-use super::{Bundle, DRAIN_TIMEOUT, at_descriptor, check_same, check_same_file, load, milliseconds, remove_obsolete, told};
+use super::{
+    Bundle, DRAIN_TIMEOUT, at_descriptor, check_same, check_same_file, load, milliseconds, remove_obsolete,
+    told,
+};
 use crate::device::{Disk, Frozen};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::MergeInto;
