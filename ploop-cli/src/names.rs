@@ -44,7 +44,7 @@ pub(crate) fn examine(chain: &Chain, folder: Option<&DirectoryFolder>, snapshot:
     }
     if let Some(folder) = folder
         && found.nameless.is_none()
-        && held::named_in(folder, snapshot).ok() != open::identities_of(chain).ok()
+        && !is_named(chain, folder, snapshot)
     {
         let path = folder.real_path().unwrap_or_else(|| folder.path().to_path_buf());
         found.warnings.push(format!(
@@ -54,4 +54,12 @@ pub(crate) fn examine(chain: &Chain, folder: Option<&DirectoryFolder>, snapshot:
         ));
     }
     found
+}
+
+/// Whether a descriptor is there that names the files of `chain`. One that names files elsewhere is not judged.
+fn is_named(chain: &Chain, folder: &DirectoryFolder, snapshot: Option<&str>) -> bool {
+    match held::named_in(folder, snapshot) {
+        Ok(named) => open::identities_of(chain).is_ok_and(|open| open == named),
+        Err(_) => folder.identity_of(DESCRIPTOR_NAME).is_ok(),
+    }
 }

@@ -88,6 +88,15 @@ pub(crate) struct Status {
     pub(crate) space: Option<Space>,
 }
 
+/// What it means that a disk has no keeper.
+pub(crate) const UNGUARDED: &str =
+    "the keeper of the disk is dead: everything is written out at once until its server has another one";
+
+/// Whether a disk that is served has no keeper: nobody would succeed its server.
+pub(crate) fn is_unguarded(state: &State, status: &Status) -> bool {
+    status.unguarded || state.keeper.is_some_and(|keeper| !keeper.is_running())
+}
+
 /// What a server that does not say so means.
 fn always() -> bool {
     true

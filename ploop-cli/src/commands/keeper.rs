@@ -37,6 +37,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    guarding::name_process(c"ploop-keeper");
     let entry = Entry::at(&arguments.folder)?;
     let result = keep(&entry, arguments, output);
     if let Err(error) = &result {

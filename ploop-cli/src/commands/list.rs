@@ -127,11 +127,8 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
     } else {
         match serving::status_of(&runtime.entry(&state.id)) {
             Ok(status) if status.poisoned => (Health::Poisoned, status.jobs),
-            Ok(status) if status.ready && (status.unguarded || state.keeper.is_some() && !has_keeper) => {
-                warnings.push(
-                    "the keeper is dead: everything is written out at once until the server has another one"
-                        .into(),
-                );
+            Ok(status) if status.ready && serving::is_unguarded(&state, &status) => {
+                warnings.push(serving::UNGUARDED.to_owned());
                 warnings.extend(status.warnings);
                 (Health::Unguarded, status.jobs)
             }

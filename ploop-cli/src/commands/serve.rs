@@ -29,7 +29,7 @@ use serde_json::Value;
 use crate::commands::{compact, map, stat};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
-use crate::guarding::Guarded;
+use crate::guarding::{self, Guarded};
 use crate::job_service::{self, Cargo, Turns};
 use crate::names::{self, Names};
 use crate::open;
@@ -39,7 +39,8 @@ use crate::serving::Status;
 use crate::snapshot_service::{self, SnapshotService};
 
 /// How long a successor waits for the locks of the dead server, which end with its last transfer.
-const LOCK_WAIT: Duration = Duration::from_secs(60);
+/// After that it ends, the keeper says so, and starts another one.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// How long the last answers may take to go out.
 const ANSWERS_MAX: Duration = Duration::from_secs(5);
 /// How long copies and jobs may take to end when the disk is closed.
@@ -80,6 +81,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    guarding::name_process(c"ploop-server");
     let entry = Entry::at(&arguments.folder)?;
     let result = serve(&entry, arguments, output);
     if let Err(error) = &result
@@ -275,7 +277,8 @@ fn begin(entry: &Entry, keeper: Connection, survivor: &Survivor, output: &Output
     let opened = open::open(&request)?;
     opened.report.warnings.iter().for_each(|text| output.warn(text));
     if let Some(folder) = &folder
-        && held::named_in(folder, request.snapshot.as_deref())? != open::identities_of(&opened.chain)?
+        && let Ok(named) = held::named_in(folder, request.snapshot.as_deref())
+        && named != open::identities_of(&opened.chain)?
     {
         return Err(Error::new(ErrorKind::Busy, "open disk: its files were exchanged while it was opened")
             .at_path(folder.path())

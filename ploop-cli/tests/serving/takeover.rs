@@ -170,6 +170,9 @@ fn keeper_and_server_hold_nothing_of_who_mounts() {
             assert_ne!(target, lock);
         }
     }
+    let short = |id: u32| fs::read_to_string(format!("/proc/{id}/comm")).unwrap();
+    assert_eq!(short(state.keeper.unwrap().id), "ploop-keeper\n");
+    assert_eq!(short(state.server.unwrap().id), "ploop-server\n");
     let named = |id: u32| fs::read_to_string(format!("/proc/{id}/cmdline")).unwrap();
     let disk = text(image.parent().unwrap());
     assert!(named(state.keeper.unwrap().id).starts_with(&format!("ploop-keeper: {disk}")));

@@ -537,7 +537,7 @@ mod tests {
     fn successors_that_never_serve_are_not_tried_for_ever() {
         let folder = tempfile::tempdir().unwrap();
         let mut keeper = keeper(folder.path());
-        let failed = ended(37 << 8);
+        let failed = ended(i32::from(ErrorKind::Open.exit_code()) << 8);
         for _ in 0..FAILURES_MAX {
             assert!(keeper.next_mode(Mode::Takeover, false, &legacy(), &failed).is_ok());
         }
