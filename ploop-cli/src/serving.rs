@@ -97,6 +97,21 @@ pub(crate) fn is_unguarded(state: &State, status: &Status) -> bool {
     status.unguarded || state.keeper.is_some_and(|keeper| !keeper.is_running())
 }
 
+/// Fails when the keeper of a disk says that its server does not run, though it is not dead.
+pub(crate) fn check_alive(state: &State) -> Result<()> {
+    let has_keeper = state.keeper.is_some_and(|keeper| keeper.is_running());
+    let Some(trouble) = state.trouble.as_ref().filter(|_| has_keeper && state.failure.is_none()) else {
+        return Ok(());
+    };
+    let server = state.server.map_or_else(String::new, |server| server.id.to_string());
+    Err(Error::new(ErrorKind::UnmountBusy, format!("the disk is not being served: {trouble}"))
+        .at_path(state.images.last().map(|image| image.path.clone()).unwrap_or_default())
+        .advise(format!(
+            "a stopped server goes on with `kill -CONT {server}`; one that does not can be killed (`kill -9 {server}`), and a \
+             successor takes over without loss"
+        )))
+}
+
 /// What a server that does not say so means.
 fn always() -> bool {
     true

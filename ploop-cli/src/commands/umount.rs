@@ -79,8 +79,12 @@ fn delete_temporary(runtime: &Runtime, ended: &State, output: &Output) -> Result
 /// The kernel keeps an image that was removed for as long as it is served: the unmount would be its end. Nothing is changed
 /// before this is known.
 fn refuse_to_lose(runtime: &Runtime, state: &State, discard: bool, output: &Output) -> Result<()> {
-    // One that cannot be asked has no image open, or hangs: then the unmount says so.
-    let Ok(status) = serving::status_of(&runtime.entry(&state.id)) else { return Ok(()) };
+    let entry = runtime.entry(&state.id);
+    let status = match serving::status_of(&entry) {
+        Ok(status) => status,
+        // One that cannot be asked has no image open, or hangs, and its file system with it.
+        Err(_) => return serving::check_alive(&entry.state()?),
+    };
     if let Some(image) = status.nameless.filter(|_| !discard && !status.read_only) {
         return Err(Error::new(
             ErrorKind::UnmountBusy,
@@ -117,6 +121,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     })?;
     refuse_to_lose(&runtime, &state, arguments.discard, output)?;
     if let Some(folder) = space_used::record_folder(&state)
+        && open::check_names(&state).is_ok()
         && let Some(used) = space_used::of_served(&state)
         && let Err(cause) = used.remember(&folder)
     {

@@ -122,6 +122,33 @@ fn a_disk_that_is_given_up_beside_a_full_run_time_folder_is_saved() {
 }
 
 #[test]
+fn a_run_time_folder_that_takes_no_socket_ends_nothing() {
+    let Some(ground) = ground() else { return };
+    let image = ground.create("disk", 64, 64);
+    let device = ground.mount(&["-n", text(&image)]);
+    let direct = Direct::open(&device);
+    write(&direct, 1);
+    let (state, run) = (ground.state(), ground.path("run"));
+    program("mount", &["--rbind", text(&run), text(&run)]);
+    let above = Tmpfs(run.clone());
+    program("mount", &["-o", "remount,bind,ro", text(&run)]);
+    for round in 2..4 {
+        kill_server(&state);
+        expect(&direct, round - 1);
+        write(&direct, round);
+    }
+    assert!(!ground.is_ready(), "the run-time folder took a socket");
+    drop(above);
+    // It can be asked again as soon as there can be a socket.
+    ground.wait_until("the server listens", || ground.is_ready());
+    expect(&direct, 3);
+    drop(direct);
+    ground.ends_with(0, &["umount", text(&device)]);
+    let device = ground.mount(&["-n", text(&image)]);
+    expect(&Direct::open(&device), 3);
+}
+
+#[test]
 fn a_stopped_command_that_holds_the_locks_holds_up_no_takeover() {
     let Some(ground) = ground() else { return };
     let image = ground.create("disk", 64, 64);
@@ -256,6 +283,9 @@ fn a_server_that_hangs_is_said_to() {
     signal(server, Signal::SIGSTOP);
     ground.wait_until("it is listed as hanging", || ground.ends_with(0, &["list"]).contains("[hanging"));
     assert!(ground.logs().contains("the server hangs"), "{}", ground.logs());
+    // An unmount would wait for it without an end.
+    let told = ground.ends_with(46, &["umount", text(&image)]);
+    assert!(told.contains("kill -CONT"), "{told}");
     signal(server, Signal::SIGCONT);
     ground.wait_until("it runs again", || !ground.ends_with(0, &["list"]).contains("hanging"));
 }
