@@ -120,7 +120,7 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     let guarding = keeper.try_clone()?;
     let Ground { chain, request, folder } = match arguments.mode {
         Mode::First => begin(entry, keeper, &survivor, output)?,
-        Mode::Takeover | Mode::Finish => succeed(keeper, &survivor, output)?,
+        Mode::Takeover | Mode::Finish => succeed(entry, arguments.mode, keeper, &survivor, output)?,
     };
     let disk = Disk::open(
         chain,
@@ -291,7 +291,13 @@ fn begin(entry: &Entry, keeper: Connection, survivor: &Survivor, output: &Output
 }
 
 /// Goes on with the very files that a dead server had open, and enters what was pending.
-fn succeed(keeper: Connection, survivor: &Survivor, output: &Output) -> Result<Ground> {
+fn succeed(
+    entry: &Entry,
+    mode: Mode,
+    keeper: Connection,
+    survivor: &Survivor,
+    output: &Output,
+) -> Result<Ground> {
     let legacy = survivor.legacy()?;
     let chosen = held::choose(held::receive_all(&keeper)?, legacy.files, !legacy.entries.is_empty())?;
     if let Some(warning) = &chosen.warning {
@@ -306,6 +312,23 @@ fn succeed(keeper: Connection, survivor: &Survivor, output: &Output) -> Result<G
             ErrorKind::Open,
             "succeed a dead server: another file was opened than is held",
         ));
+    }
+    // A server that dies leaves the mark. Without it somebody else has had the image, and closed it.
+    let needs_mark = mode == Mode::Takeover || !legacy.entries.is_empty();
+    let is_image = opened.chain.header(opened.chain.top()).is_some();
+    if needs_mark && is_image && opened.report.writable && !opened.report.was_in_use {
+        let error = Error::new(
+            ErrorKind::Device,
+            "succeed a dead server: another program has opened the image and closed it since",
+        )
+        .at_path(opened.chain.name(opened.chain.top()))
+        .advise("unmount what is left with ploop umount, then check the image and its file system");
+        // The mark is there again by now: the next one would not notice.
+        survivor.refuse_successors()?;
+        let _untold = entry.update(|state| {
+            state.failure.get_or_insert_with(|| Failure::of(&error));
+        });
+        return Err(error);
     }
     inherit(&opened.chain, top, &legacy)?;
     survivor.set_top(top)?;

@@ -72,7 +72,7 @@ impl Case {
     }
 
     /// The end, and what is there afterwards under `image`.
-    fn is_whole_at(self, image: &Path) {
+    fn ends_whole_at(self, image: &Path) {
         let Self { ground, device, direct, image: old } = self;
         drop(direct);
         ground.ends_with(0, &["umount", text(&device)]);
@@ -135,7 +135,7 @@ fn a_folder_that_was_renamed_is_followed() {
     // Commands on the snapshots find it, too.
     case.ground.ends_with(0, &["snapshot", text(&moved)]);
     case.ground.kill_server_and_wait();
-    case.is_whole_at(&moved);
+    case.ends_whole_at(&moved);
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn another_disk_in_the_place_of_the_folder_is_left_alone() {
         0,
         "the snapshot went to the other disk"
     );
-    case.is_whole_at(&moved);
+    case.ends_whole_at(&moved);
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn a_second_name_of_the_image_does_not_matter() {
     let image = case.image.clone();
     // The names of a link are no copy, and would keep the disk from being mounted.
     fs::remove_dir_all(&copy).unwrap();
-    case.is_whole_at(&image);
+    case.ends_whole_at(&image);
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn a_mount_on_top_of_the_folder_does_not_matter() {
     case.dies_twice();
     drop(above);
     let image = case.image.clone();
-    case.is_whole_at(&image);
+    case.ends_whole_at(&image);
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn a_bind_mount_that_is_gone_does_not_matter() {
     case.write_pending(2);
     program("umount", &["-l", text(case.folder())]);
     case.dies_twice();
-    case.is_whole_at(&real);
+    case.ends_whole_at(&real);
 }
 
 #[test]
@@ -230,7 +230,7 @@ fn an_older_descriptor_does_not_matter_to_what_is_served() {
     case.expect(&case.direct, 3);
     fs::write(&descriptor, right).unwrap();
     let folder = case.folder().to_path_buf();
-    case.is_whole_at(&folder);
+    case.ends_whole_at(&folder);
 }
 
 #[test]
@@ -248,5 +248,5 @@ fn a_new_file_below_a_running_disk_does_not_matter() {
     assert!(fs::read(&case.image).unwrap() == foreign);
     fs::rename(&kept, &case.image).unwrap();
     let folder = case.folder().to_path_buf();
-    case.is_whole_at(&folder);
+    case.ends_whole_at(&folder);
 }

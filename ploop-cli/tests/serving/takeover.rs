@@ -9,6 +9,8 @@ use std::time::Instant;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use ploop_core::device::runtime::State;
+use ploop_core::io::Access;
+use ploop_core::ops;
 
 use crate::ground::{Direct, Ground, can_take_over, program, signal, text};
 
@@ -270,6 +272,34 @@ fn an_unmount_after_both_have_died_is_no_success() {
     let told = ground.ends_with(2, &["umount", text(&image)]);
     assert!(told.contains("written last is not in the image"), "{told}");
     assert!(ground.runtime().states().unwrap().is_empty());
+}
+
+#[test]
+fn an_image_that_somebody_else_has_had_meanwhile_is_served_by_nobody() {
+    let Some(ground) = ground() else { return };
+    let image = ground.create("disk", 64, 64);
+    let device = ground.mount(&["-n", text(&image)]);
+    let direct = Direct::open(&device);
+    write(&direct, 1);
+    let state = ground.state();
+    // A machine so busy that the keeper does not come to it.
+    signal(state.keeper.unwrap().id, Signal::SIGSTOP);
+    signal(state.server.unwrap().id, Signal::SIGKILL);
+    ground.wait_until("the server is gone", || !state.server.unwrap().is_running());
+    // As any program that knows the locks and nothing of this disk: it opens the image, repairs and closes it.
+    let options = ops::open::OpenOptions::new(&image, Access::ReadWrite);
+    let mut opened = None;
+    ground.wait_until("the lock is free", || {
+        opened = ops::open::open(&options).ok();
+        opened.is_some()
+    });
+    opened.unwrap().chain.close().unwrap();
+    signal(state.keeper.unwrap().id, Signal::SIGCONT);
+    assert!(direct.write(0, CLUSTER, 2).is_err(), "pending entries were laid over a table that was changed");
+    drop(direct);
+    ground.wait_until("the keeper has ended", || !state.keeper.unwrap().is_running());
+    let told = ground.ends_with(2, &["umount", text(&image)]);
+    assert!(told.contains("another program has opened the image"), "{told}");
 }
 
 #[test]

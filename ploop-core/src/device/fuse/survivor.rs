@@ -169,6 +169,11 @@ impl Survivor {
         self.legacy_word(Word::Files)
     }
 
+    /// Remembers that nobody may succeed a dead server any more.
+    pub fn refuse_successors(&self) -> Result<()> {
+        self.note(Word::Incomplete, 1)
+    }
+
     /// Tells the keeper that the server runs, some times a second.
     pub fn beat(&self) -> Result<()> {
         let before = self.legacy_word(Word::Beats)?;
