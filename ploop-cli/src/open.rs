@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ploop_core::device::fuse::held::HeldFiles;
-use ploop_core::device::runtime::{ImageFile, OpenRequest};
+use ploop_core::device::runtime::{ImageFile, OpenRequest, State};
 pub(crate) use ploop_core::format::DESCRIPTOR_NAME;
 use ploop_core::format::{Chain, Described, DiskDescriptor, Encryption, Guid, Image};
 use ploop_core::io::file::DirectoryFolder;
@@ -241,6 +241,24 @@ pub(crate) fn check_new_file(what: &str, path: &Path) -> Result<()> {
     )
     .at_path(path)
     .advise("check the name of the device (lsblk), or give a file elsewhere"))
+}
+
+/// Fails if the names by which a served disk was opened lead to other files by now. For what a command does to the files
+/// itself, by their names: the server needs none.
+pub(crate) fn check_names(state: &State) -> Result<()> {
+    let found = files(&state.open)?.1;
+    let is_same = found.len() == state.images.len()
+        && found.iter().zip(&state.images).all(|(found, served)| found.is_same_file(served));
+    if is_same {
+        return Ok(());
+    }
+    let path = state.open.descriptor.clone().or_else(|| state.images.last().map(|image| image.path.clone()));
+    Err(Error::new(
+        ErrorKind::Busy,
+        "the names of the disk's files belong to other files than those it runs on",
+    )
+    .at_path(path.unwrap_or_default())
+    .advise("put the files back under their names, or unmount the disk, then run the same command again"))
 }
 
 /// How to open the chain of a request; only its top for writing.

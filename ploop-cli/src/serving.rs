@@ -2,21 +2,26 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ploop_core::device::control::Connection;
+use ploop_core::device::fuse::sys;
 use ploop_core::device::loop_device::{self, AttachOptions};
-use ploop_core::device::runtime::{Entry, OpenRequest, PartitionRange, Runtime, State};
+use ploop_core::device::runtime::{Entry, ImageFile, OpenRequest, PartitionRange, Runtime, State};
+use ploop_core::format::{InUse, Probe, probe};
+use ploop_core::io::Access;
+use ploop_core::io::file::{FileStorage, OpenOptions as FileOptions};
 use ploop_core::ops::Space;
 use ploop_core::{Error, ErrorKind, Result};
 use ploop_server::holders::unmount_copies;
 use serde::{Deserialize, Serialize};
 
 use crate::disk_bytes::ShownDisk;
-use crate::open;
 use crate::partition_table::{self, Partition};
+use crate::{guarding, open};
 
 /// Set to 1: as `--allow-reclaim-stall` on every command that serves a disk, also where it is not typed by hand.
 const ALLOW_RECLAIM_STALL_VARIABLE: &str = "PLOOP_ALLOW_RECLAIM_STALL";
@@ -68,6 +73,15 @@ pub(crate) struct Status {
     /// Whether requests are answered and the keeper knows it, so that a successor may follow.
     #[serde(default = "always")]
     pub(crate) ready: bool,
+    /// Whether the keeper is gone and no new one is there yet.
+    #[serde(default)]
+    pub(crate) unguarded: bool,
+    /// An image without a name, which is gone with the last use of the disk.
+    #[serde(default)]
+    pub(crate) nameless: Option<PathBuf>,
+    /// What is odd about the names of its files.
+    #[serde(default)]
+    pub(crate) warnings: Vec<String>,
     /// What works on the disk now, by the verbs of the commands.
     #[serde(default)]
     pub(crate) jobs: Vec<String>,
@@ -77,6 +91,30 @@ pub(crate) struct Status {
     /// How it uses its file; what its table in memory says.
     #[serde(default)]
     pub(crate) space: Option<Space>,
+}
+
+/// What it means that a disk has no keeper.
+pub(crate) const UNGUARDED: &str =
+    "the keeper of the disk is dead: everything is written out at once until its server has another one";
+
+/// Whether a disk that is served has no keeper: nobody would succeed its server.
+pub(crate) fn is_unguarded(state: &State, status: &Status) -> bool {
+    status.unguarded || state.keeper.is_some_and(|keeper| !keeper.is_running())
+}
+
+/// Fails when the keeper of a disk says that its server does not run, though it is not dead.
+pub(crate) fn check_alive(state: &State) -> Result<()> {
+    let has_keeper = state.keeper.is_some_and(|keeper| keeper.is_running());
+    let Some(trouble) = state.trouble.as_ref().filter(|_| has_keeper && state.failure.is_none()) else {
+        return Ok(());
+    };
+    let server = state.server.map_or_else(String::new, |server| server.id.to_string());
+    Err(Error::new(ErrorKind::UnmountBusy, format!("the disk is not being served: {trouble}"))
+        .at_path(state.images.last().map(|image| image.path.clone()).unwrap_or_default())
+        .advise(format!(
+            "a stopped server goes on with `kill -CONT {server}`; one that does not can be killed (`kill -9 {server}`), and a \
+             successor takes over without loss"
+        )))
 }
 
 /// What a server that does not say so means.
@@ -147,8 +185,12 @@ fn start_keeper(entry: &Entry, options: &ServeOptions) -> Result<Child> {
     let failed = |operation: &str, cause| Error::io(ErrorKind::System, operation.to_owned(), cause);
     let log = open_log(entry).map_err(|cause| failed("open the log", cause).at_path(entry.log_file()))?;
     let second = log.try_clone().map_err(|cause| failed("open the log", cause))?;
+    // A lock or a pipe of the script that mounts is not to be held until the unmount.
+    sys::pass_on_nothing()
+        .map_err(|cause| failed("keep descriptors of the caller from the keeper", cause))?;
+    let name = entry.state()?.descriptor.map_or_else(|| entry.path().to_path_buf(), |file| file.path);
     let mut command = Command::new("/proc/self/exe");
-    command.arg("keeper");
+    command.arg0(guarding::process_name("keeper", &name)).arg("keeper");
     let allowed = std::env::var_os(ALLOW_RECLAIM_STALL_VARIABLE).is_some_and(|value| value == "1");
     if options.allow_reclaim_stall || allowed {
         command.arg("--allow-reclaim-stall");
@@ -257,27 +299,43 @@ pub(crate) fn end(served: &Served) -> Result<()> {
         Err(_) if !entry.path().exists() => return Ok(()),
         Err(error) => return Err(error),
     };
-    let stopped = if state.failure.is_none() && state.server.is_some_and(|server| server.is_running()) {
-        stop_server(entry)
+    // Whoever is in the record: it may be older than the server.
+    let stopped = if state.failure.is_none() && state.is_running() {
+        stop_server(entry).map(|()| true)
     } else {
-        Ok(())
+        Ok(false)
     };
     if let Err(error) = &stopped
         && matches!(error.kind(), ErrorKind::UnmountBusy | ErrorKind::Parameter)
     {
-        return stopped;
+        return stopped.map(drop);
     }
     wait_for_keeper(entry, &state)?;
-    let failure = match entry.state() {
-        Ok(state) => state.failure,
-        Err(_) => None,
-    };
+    let last = entry.state().ok();
+    let is_closed = is_closed(last.as_ref().unwrap_or(&state));
+    // The keeper removes the folder after a clean end, and only then.
+    let is_gone = !entry.path().exists();
     entry.remove()?;
-    stopped?;
-    match failure {
+    let was_asked = stopped?;
+    match last.and_then(|state| state.failure) {
         Some(failure) => Err(failure.into_error()),
-        None => Ok(()),
+        None if was_asked || is_gone || state.open.read_only || is_closed => Ok(()),
+        None => Err(Error::new(
+            ErrorKind::Device,
+            "the server of the disk and its keeper had died: what was written last is not in the image",
+        )
+        .at_path(state.images.last().map(|image| image.path.clone()).unwrap_or_default())
+        .advise("what was left is cleared; check the image and its file system before they are used again")),
     }
+}
+
+/// Whether the top of a disk that nobody serves says that it was closed, and is the file that was served.
+fn is_closed(state: &State) -> bool {
+    let Some(top) = state.images.last() else { return false };
+    let is_it = ImageFile::at(&top.path).is_ok_and(|now| now.is_same_file(top));
+    let options = FileOptions::new(Access::ReadOnly);
+    let Ok(file) = FileStorage::open(&top.path, &options) else { return false };
+    is_it && matches!(probe(&file), Ok(Probe::Image(header)) if header.in_use() == InUse::Closed)
 }
 
 fn stop_server(entry: &Entry) -> Result<()> {

@@ -86,6 +86,8 @@ pub(crate) fn closed(
 
 /// Makes a served disk larger: image, descriptor, and the device if it shows the whole disk.
 pub(crate) fn served(served: &Served, disk: Sectors, output: &Output) -> Result<ImageSize> {
+    // The descriptor is changed here, by its name.
+    open::check_names(&served.entry.state()?)?;
     let job = Job::begin(output, None)?;
     let descriptor = served.state.descriptor.as_ref().map(|file| file.path.clone());
     let preallocate = match &descriptor {

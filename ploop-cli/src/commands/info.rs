@@ -17,7 +17,7 @@ use crate::open::{self, Wanted, followed};
 use crate::output::{Output, Report, human_bytes};
 use crate::partition_table::{self, Table};
 use crate::resize_plan::Closed;
-use crate::serving::{self, Status};
+use crate::serving;
 use crate::space_used::{self, SpaceUsed};
 
 /// Show what a disk is
@@ -193,10 +193,15 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let mut report = info(&InfoOptions { path: path.clone(), parents })?;
     report.warnings.iter().for_each(|text| output.warn(text));
     if let (Ok(runtime), Some(state)) = (&runtime, &served)
-        && state.open.snapshot.is_none()
-        && let Ok(Status { space: Some(space), .. }) = serving::status_of(&runtime.entry(&state.id))
+        && let Ok(status) = serving::status_of(&runtime.entry(&state.id))
     {
-        report = report.with_running_top(&space);
+        status.warnings.iter().for_each(|text| output.warn(text));
+        if serving::is_unguarded(state, &status) {
+            output.warn(serving::UNGUARDED);
+        }
+        if let Some(space) = status.space.filter(|_| state.open.snapshot.is_none()) {
+            report = report.with_running_top(&space);
+        }
     }
     if arguments.size_only {
         return output.report(&Sizes {

@@ -30,6 +30,10 @@ pub(crate) struct Arguments {
 enum Health {
     /// Served.
     Running,
+    /// Served, and nobody would succeed the server: its keeper is dead.
+    Unguarded,
+    /// The server gives no sign of life.
+    Hanging,
     /// About to be served, or a server is just succeeding another.
     Starting,
     /// A sync has failed: writes fail, reads go on.
@@ -96,6 +100,8 @@ struct Line {
     /// Why it could not be thawed.
     thaw_failure: Option<String>,
     failure: Option<String>,
+    /// What is wrong, though the disk goes on.
+    warnings: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -145,6 +151,9 @@ impl Report for Lines {
                 write!(out, " {failure}")?;
             }
             writeln!(out)?;
+            for warning in &line.warnings {
+                writeln!(out, "    {warning}")?;
+            }
         }
         Ok(())
     }
@@ -183,12 +192,26 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
     let here = holders.mounts.iter().filter(|mounted| mounted.namespace.is_here);
     let mount_points = here.map(|mounted| mounted.mount.point.to_string_lossy().into_owned()).collect();
     let users = holders.mounts.iter().map(Use::of).chain(holders.others.iter().map(Use::other));
+    let has_keeper = state.keeper.is_some_and(|keeper| keeper.is_running());
+    let mut warnings = Vec::new();
     let (health, jobs) = if state.failure.is_some() || (!state.is_running() && state.keeper.is_some()) {
         (Health::Failed, Vec::new())
+    } else if let Some(trouble) = state.trouble.as_ref().filter(|_| has_keeper) {
+        // A server that hangs is not asked.
+        warnings.push(trouble.clone());
+        (Health::Hanging, Vec::new())
     } else {
         match serving::status_of(&runtime.entry(&state.id)) {
             Ok(status) if status.poisoned => (Health::Poisoned, status.jobs),
-            Ok(status) if status.ready => (Health::Running, status.jobs),
+            Ok(status) if status.ready && serving::is_unguarded(&state, &status) => {
+                warnings.push(serving::UNGUARDED.to_owned());
+                warnings.extend(status.warnings);
+                (Health::Unguarded, status.jobs)
+            }
+            Ok(status) if status.ready => {
+                warnings.extend(status.warnings);
+                (Health::Running, status.jobs)
+            }
             Ok(_) | Err(_) => (Health::Starting, Vec::new()),
         }
     };
@@ -214,6 +237,7 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         jobs,
         frozen_since_ms,
         thaw_failure,
+        warnings,
         failure: state.failure.map(|failure| failure.message),
         id: state.id,
         device: state.loop_device,

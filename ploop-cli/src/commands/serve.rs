@@ -4,6 +4,7 @@
 //! exported file is unmounted. Its exit code is 0 only after a clean close: anything else makes the keeper start a
 //! successor, if one is allowed.
 
+use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,7 +30,9 @@ use crate::commands::{compact, map, stat};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
 use crate::freeze_service;
+use crate::guarding::{self, Guarded};
 use crate::job_service::{self, Cargo, Turns};
+use crate::names::{self, Names};
 use crate::open;
 use crate::output::Output;
 use crate::resize_service;
@@ -37,7 +40,8 @@ use crate::serving::Status;
 use crate::snapshot_service::{self, SnapshotService};
 
 /// How long a successor waits for the locks of the dead server, which end with its last transfer.
-const LOCK_WAIT: Duration = Duration::from_secs(60);
+/// After that it ends, the keeper says so, and starts another one.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// How long the last answers may take to go out.
 const ANSWERS_MAX: Duration = Duration::from_secs(5);
 /// How long copies and jobs may take to end when the disk is closed.
@@ -78,13 +82,14 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
+    guarding::name_process(c"ploop-server");
     let entry = Entry::at(&arguments.folder)?;
     let result = serve(&entry, arguments, output);
     if let Err(error) = &result
         && arguments.mode == Mode::First
     {
         // Whoever mounts waits for this; without it the keeper could only tell that there was a failure.
-        entry.update(|state| state.failure = Some(Failure::of(error)))?;
+        let _ = entry.update(|state| state.failure = Some(Failure::of(error)));
     }
     Ok(result?)
 }
@@ -94,7 +99,10 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         sys::inherited(number)
             .map_err(|cause| Error::io(ErrorKind::Parameter, format!("take over {what}"), cause))
     };
-    let fuse = FuseDevice::new(inherited(arguments.fuse, "the FUSE device")?);
+    let fuse = inherited(arguments.fuse, "the FUSE device")?;
+    let second =
+        fuse.try_clone().map_err(|cause| Error::io(ErrorKind::System, "share the FUSE device", cause))?;
+    let fuse = FuseDevice::new(fuse);
     let survivor = Arc::new(Survivor::open(inherited(arguments.memory, "the keeper's memory")?)?);
     // Before any thread is started.
     keeper::protect_process(&Protection {
@@ -110,9 +118,10 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         ..ServerOptions::default()
     };
     let keeper = Connection::inherited(inherited(arguments.keeper, "the connection to the keeper")?);
+    let guarding = keeper.try_clone()?;
     let Ground { chain, request, folder } = match arguments.mode {
         Mode::First => begin(entry, keeper, &survivor, output)?,
-        Mode::Takeover | Mode::Finish => succeed(keeper, &survivor, output)?,
+        Mode::Takeover | Mode::Finish => succeed(entry, arguments.mode, keeper, &survivor, output)?,
     };
     let disk = Disk::open(
         chain,
@@ -128,19 +137,51 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     let outcome = Arc::new(Ending::default());
     let turns = Arc::new(Turns::default());
     let ready = Arc::new(AtomicBool::new(false));
-    let verbs = handlers(entry, &disk, folder.as_ref(), &ready, &outcome, &turns);
-    let control = ControlServer::start(&entry.socket(), verbs)?;
-    let serving = Serving::start(fuse, Arc::clone(&disk), Arc::clone(&survivor), &options)?;
-    let (images, descriptor) = (open::files_of(&disk.chain())?, open::descriptor_in(folder.as_deref()));
-    entry.update(|state| {
-        state.size_bytes = Some(disk.size_bytes());
-        state.images = images;
-        state.descriptor = descriptor.or(state.descriptor.take());
-        state.open.descriptor = request.descriptor;
+    let unguarded = Arc::new(AtomicBool::new(false));
+    let health = Arc::new(Health {
+        disk: Arc::clone(&disk),
+        folder: folder.clone(),
+        snapshot: request.snapshot.clone(),
+        ready: Arc::clone(&ready),
+        turns: Arc::clone(&turns),
+        unguarded: Arc::clone(&unguarded),
+    });
+    let control = listen(entry, arguments.mode, output, || {
+        handlers(entry, &health, folder.as_ref(), &outcome, &turns)
     })?;
+    let serving = Serving::start(fuse, Arc::clone(&disk), Arc::clone(&survivor), &options)?;
     survivor.set_ready()?;
+    let (images, descriptor) = (open::files_of(&disk.chain())?, open::descriptor_in(folder.as_deref()));
+    let name = request.descriptor.clone().or_else(|| images.last().map(|image| image.path.clone()));
+    let remember = {
+        let (entry, size_bytes) = (entry.clone(), disk.size_bytes());
+        move || {
+            entry.update(|state| {
+                state.size_bytes = Some(size_bytes);
+                state.images = images;
+                state.descriptor = descriptor.or(state.descriptor.take());
+                state.open.descriptor = request.descriptor;
+            })
+        }
+    };
+    match arguments.mode {
+        Mode::First => drop(remember()?),
+        // For commands and people: the disk is served whether it can be written or not, and at once.
+        _ => drop(std::thread::Builder::new().name("record".into()).spawn(move || remember().map(drop))),
+    }
     ready.store(true, Ordering::Release);
-    start_signal_thread(signals, entry.clone(), Arc::clone(&disk))?;
+    Guarded {
+        disk: Arc::clone(&disk),
+        survivor: Arc::clone(&survivor),
+        fuse: second,
+        keeper: guarding,
+        keeper_line: keeper_line(entry, arguments),
+        name: name.unwrap_or_else(|| entry.path().to_path_buf()),
+        unguarded,
+        output: output.clone(),
+    }
+    .start()?;
+    start_signal_thread(signals, entry.clone(), Arc::clone(&health))?;
     // Behind the last request of the start: a thaw waits for an answer of this very server.
     freeze_service::thaw_left(entry)?;
     output.note("serving");
@@ -150,9 +191,73 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     // They have queues of their own, with which the image cannot be closed.
     turns.end(JOBS_END_MAX);
     let closed = disk.close();
+    if closed.is_ok() {
+        survivor.set_closed()?;
+    }
     outcome.set(closed.clone());
-    control.stop(ANSWERS_MAX);
+    if let Some(control) = control {
+        control.stop(ANSWERS_MAX);
+    }
     closed
+}
+
+/// The command line of another keeper for this server.
+fn keeper_line(entry: &Entry, arguments: &Arguments) -> Vec<OsString> {
+    let mut line: Vec<OsString> =
+        vec!["keeper".into(), "--threads".into(), arguments.threads.to_string().into()];
+    if arguments.allow_reclaim_stall {
+        line.push("--allow-reclaim-stall".into());
+    }
+    line.push(entry.path().into());
+    line
+}
+
+/// Listens on the control socket. A successor serves also where the run-time folder takes no socket: it tries again
+/// meanwhile, and cannot be asked anything until then.
+fn listen(
+    entry: &Entry,
+    mode: Mode,
+    output: &Output,
+    verbs: impl Fn() -> Handlers,
+) -> Result<Option<ControlServer>> {
+    let error = match ControlServer::start(&entry.socket(), verbs()) {
+        Err(error) if mode != Mode::First => error,
+        other => return other.map(Some),
+    };
+    output.error(&error);
+    let (socket, mut verbs) = (entry.socket(), Some(verbs()));
+    let try_again = move || {
+        // It listens until the process ends.
+        let mut control = None;
+        while control.is_none() && socket.parent().is_some_and(Path::exists) {
+            std::thread::sleep(END_RETRY);
+            if let Some(now) = verbs.take() {
+                match ControlServer::start_or_return(&socket, now) {
+                    Ok(started) => control = Some(started),
+                    Err(back) => verbs = Some(back),
+                }
+            }
+        }
+        std::mem::forget(control);
+    };
+    let _ = std::thread::Builder::new().name("listen".into()).spawn(try_again);
+    Ok(None)
+}
+
+/// What tells how the disk is doing.
+struct Health {
+    disk: Arc<Disk>,
+    folder: Option<Arc<DirectoryFolder>>,
+    snapshot: Option<String>,
+    ready: Arc<AtomicBool>,
+    turns: Arc<Turns>,
+    unguarded: Arc<AtomicBool>,
+}
+
+impl Health {
+    fn names(&self) -> Names {
+        names::examine(&self.disk.chain(), self.folder.as_deref(), self.snapshot.as_deref())
+    }
 }
 
 /// What is served.
@@ -179,7 +284,8 @@ fn begin(entry: &Entry, keeper: Connection, survivor: &Survivor, output: &Output
         return Ok(Ground { chain: opened.chain, request, folder });
     }
     if let Some(folder) = &folder
-        && held::named_in(folder, request.snapshot.as_deref())? != open::identities_of(&opened.chain)?
+        && let Ok(named) = held::named_in(folder, request.snapshot.as_deref())
+        && named != open::identities_of(&opened.chain)?
     {
         return Err(Error::new(ErrorKind::Busy, "open disk: its files were exchanged while it was opened")
             .at_path(folder.path())
@@ -192,7 +298,13 @@ fn begin(entry: &Entry, keeper: Connection, survivor: &Survivor, output: &Output
 }
 
 /// Goes on with the very files that a dead server had open, and enters what was pending.
-fn succeed(keeper: Connection, survivor: &Survivor, output: &Output) -> Result<Ground> {
+fn succeed(
+    entry: &Entry,
+    mode: Mode,
+    keeper: Connection,
+    survivor: &Survivor,
+    output: &Output,
+) -> Result<Ground> {
     let legacy = survivor.legacy()?;
     let chosen = held::choose(held::receive_all(&keeper)?, legacy.files, !legacy.entries.is_empty())?;
     if let Some(warning) = &chosen.warning {
@@ -207,6 +319,23 @@ fn succeed(keeper: Connection, survivor: &Survivor, output: &Output) -> Result<G
             ErrorKind::Open,
             "succeed a dead server: another file was opened than is held",
         ));
+    }
+    // A server that dies leaves the mark. Without it somebody else has had the image, and closed it.
+    let needs_mark = mode == Mode::Takeover || !legacy.entries.is_empty();
+    let is_image = opened.chain.header(opened.chain.top()).is_some();
+    if needs_mark && is_image && opened.report.writable && !opened.report.was_in_use {
+        let error = Error::new(
+            ErrorKind::Device,
+            "succeed a dead server: another program has opened the image and closed it since",
+        )
+        .at_path(opened.chain.name(opened.chain.top()))
+        .advise("unmount what is left with ploop umount, then check the image and its file system");
+        // The mark is there again by now: the next one would not notice.
+        survivor.refuse_successors()?;
+        let _untold = entry.update(|state| {
+            state.failure.get_or_insert_with(|| Failure::of(&error));
+        });
+        return Err(error);
     }
     inherit(&opened.chain, top, &legacy)?;
     survivor.set_top(top)?;
@@ -272,12 +401,12 @@ impl Ending {
 /// What can be asked of a server.
 fn handlers(
     entry: &Entry,
-    disk: &Arc<Disk>,
+    health: &Arc<Health>,
     folder: Option<&Arc<DirectoryFolder>>,
-    ready: &Arc<AtomicBool>,
     ending: &Arc<Ending>,
     turns: &Arc<Turns>,
 ) -> Handlers {
+    let disk = &health.disk;
     let (stop_entry, stop_ending) = (entry.clone(), Arc::clone(ending));
     let (compact_disk, map_disk) = (Arc::clone(disk), Arc::clone(disk));
     let turns = Arc::clone(turns);
@@ -290,8 +419,8 @@ fn handlers(
     let counted_disk = Arc::clone(disk);
     Handlers::new()
         .with("status", {
-            let (disk, ready, turns) = (Arc::clone(disk), Arc::clone(ready), Arc::clone(&turns));
-            move |_, _, _| status(&disk, ready.load(Ordering::Acquire), &turns)
+            let health = Arc::clone(health);
+            move |_, _, _| status(&health)
         })
         .with(resize_service::VERB, {
             let (entry, disk, turns) = (entry.clone(), Arc::clone(disk), Arc::clone(&turns));
@@ -330,7 +459,11 @@ fn handlers(
         })
 }
 
-fn status(disk: &Disk, ready: bool, turns: &Turns) -> Result<Value> {
+fn status(health: &Health) -> Result<Value> {
+    let disk = &health.disk;
+    let jobs = health.turns.names();
+    // A job may be just changing which files there are.
+    let names = if jobs.is_empty() { health.names() } else { Names::default() };
     let status = Status {
         size_bytes: disk.size_bytes(),
         cluster_bytes: disk.cluster_bytes(),
@@ -338,8 +471,11 @@ fn status(disk: &Disk, ready: bool, turns: &Turns) -> Result<Value> {
         read_only: disk.is_read_only(),
         poisoned: disk.is_poisoned(),
         pending_entries: disk.chain().pending() as u64,
-        ready,
-        jobs: turns.names(),
+        ready: health.ready.load(Ordering::Acquire),
+        jobs,
+        unguarded: health.unguarded.load(Ordering::SeqCst),
+        nameless: names.nameless,
+        warnings: names.warnings,
         top_image: Some(disk.chain().name(disk.chain().top()).to_path_buf()),
         space: Some(ops::space_of_top(&disk.chain())?),
     };
@@ -366,15 +502,18 @@ fn unmount_exported(entry: &Entry) -> Result<()> {
 
 /// SIGTERM: everything durable now, and the end as soon as nobody uses the disk any more. A machine that goes down
 /// sends it to everybody, while file systems are still mounted.
-fn start_signal_thread(signals: SigSet, entry: Entry, disk: Arc<Disk>) -> Result<()> {
+fn start_signal_thread(signals: SigSet, entry: Entry, health: Arc<Health>) -> Result<()> {
     let wait = move || {
         while let Ok(signal) = signals.wait() {
             if signal != Signal::SIGTERM {
                 continue;
             }
             // A failure poisons the disk, which every later flush of the guest and the close report.
-            let _ = disk.flush();
-            while unmount_exported(&entry).is_err() {
+            let _ = health.disk.flush();
+            // An image without a name would be gone with everything in it: that end is ordered by `ploop umount` alone.
+            while !health.disk.is_read_only() && health.names().nameless.is_some()
+                || unmount_exported(&entry).is_err()
+            {
                 std::thread::sleep(END_RETRY);
             }
             return;

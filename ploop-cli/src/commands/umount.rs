@@ -38,6 +38,10 @@ pub(crate) struct Arguments {
     #[arg(short = 'c', long = "component", value_name = "COMPONENT", requires = "disk", value_parser = super::mount::component)]
     component: Option<String>,
 
+    /// Also a disk whose image was removed or replaced while it was mounted: everything in it is gone then
+    #[arg(long)]
+    discard: bool,
+
     /// Device, mount point, DiskDescriptor.xml, its folder, or an image file
     #[arg(value_name = "DISK")]
     disk: Option<PathBuf>,
@@ -61,6 +65,7 @@ fn delete_temporary(runtime: &Runtime, ended: &State, output: &Output) -> Result
     let (Some(path), Some(snapshot)) = (&ended.open.descriptor, open::snapshot_of(&ended.open)?) else {
         return Ok(());
     };
+    open::check_names(ended)?;
     let (_, descriptor) = open::load(path)?;
     let is_temporary = descriptor.shot(snapshot).and_then(Shot::transition) == Some(Transition::Temporary);
     let is_used = |other: &State| {
@@ -71,6 +76,30 @@ fn delete_temporary(runtime: &Runtime, ended: &State, output: &Output) -> Result
         return Ok(());
     }
     super::tsnapshot::delete(path, snapshot, output)
+}
+
+/// The kernel keeps an image that was removed for as long as it is served: the unmount would be its end. Nothing is changed
+/// before this is known.
+fn refuse_to_lose(runtime: &Runtime, state: &State, discard: bool, output: &Output) -> Result<()> {
+    let entry = runtime.entry(&state.id);
+    let status = match serving::status_of(&entry) {
+        Ok(status) => status,
+        // One that cannot be asked has no image open, or hangs, and its file system with it.
+        Err(_) => return serving::check_alive(&entry.state()?),
+    };
+    if let Some(image) = status.nameless.filter(|_| !discard && !status.read_only) {
+        return Err(Error::new(
+            ErrorKind::UnmountBusy,
+            "unmount the disk: its image was removed or replaced while it was mounted, and would be gone for good",
+        )
+        .at_path(image)
+        .advise(
+            "the disk is whole as long as it is mounted: copy it first (ploop export or ploop copy, by its mount point or \
+             device), then unmount it with --discard",
+        ));
+    }
+    status.warnings.iter().for_each(|text| output.warn(text));
+    Ok(())
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
@@ -92,7 +121,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         };
         Error::new(ErrorKind::NotMounted, message).at_path(name).advise("`ploop list` shows what is mounted")
     })?;
+    refuse_to_lose(&runtime, &state, arguments.discard, output)?;
     if let Some(folder) = space_used::record_folder(&state)
+        && open::check_names(&state).is_ok()
         && let Some(used) = space_used::of_served(&state)
         && let Err(cause) = used.remember(&folder)
     {

@@ -107,7 +107,7 @@ fn a_full_destination_is_the_receivers_code() {
     let mounted =
         Command::new("mount").args(["-t", "tmpfs", "-o", "size=6m", "tmpfs", text(&small)]).output();
     if !mounted.is_ok_and(|mounted| mounted.status.success()) {
-        println!("SKIP: a small file system needs root");
+        ploop_testing::skip(ploop_testing::Need::Root, "a small file system needs root");
         return;
     }
     let receiver = format!("{PLOOP} copy -d {}", small.join("disk.hds").display());
@@ -136,7 +136,7 @@ fn at_terminal(line: &str, prompt: &str, answer: &[u8]) -> Option<(i32, String)>
         .stderr(Stdio::null())
         .spawn();
     let Ok(mut script) = script else {
-        println!("SKIP: script is not installed");
+        ploop_testing::skip(ploop_testing::Need::Program("script"), "script is not installed");
         return None;
     };
     let (mut keys, mut screen) = (script.stdin.take().unwrap(), script.stdout.take().unwrap());

@@ -194,8 +194,9 @@ fn a_server_outlives_its_keeper() {
     let device = ground.mount(&["-n", text(&image)]);
     let direct = Direct::open(&device);
     direct.write(0, 4096, 1).unwrap();
-    signal(ground.state().keeper.unwrap().id, Signal::SIGKILL);
-    ground.wait_until("the keeper is gone", || !ground.state().keeper.unwrap().is_running());
+    let keeper = ground.state().keeper.unwrap();
+    signal(keeper.id, Signal::SIGKILL);
+    ground.wait_until("the keeper is gone", || !keeper.is_running());
     direct.write(4096, 4096, 1).unwrap();
     direct.expect(0, 4096, 1);
     drop(direct);
@@ -204,6 +205,8 @@ fn a_server_outlives_its_keeper() {
     Direct::open(&device).expect(4096, 4096, 1);
     // Both at once: nothing hangs, and what is left is cleared.
     let state = ground.state();
+    // So that it starts no other keeper.
+    signal(state.server.unwrap().id, Signal::SIGSTOP);
     signal(state.keeper.unwrap().id, Signal::SIGKILL);
     signal(state.server.unwrap().id, Signal::SIGKILL);
     assert!(Direct::open(&device).read(0, 4096).is_err());

@@ -349,6 +349,18 @@ fn new_socket() -> nix::Result<OwnedFd> {
 impl ControlServer {
     /// Listens at `path`, in a folder that only this user can enter. A socket left there by a dead server is replaced.
     pub fn start(path: &Path, handlers: Handlers) -> Result<Self> {
+        Self::listen(path).and_then(|listener| Self::accept(path, listener, handlers))
+    }
+
+    /// As [`start`](Self::start); where the folder takes no socket the handlers come back, to be tried again.
+    pub fn start_or_return(path: &Path, handlers: Handlers) -> std::result::Result<Self, Handlers> {
+        match Self::listen(path) {
+            Ok(listener) => Self::accept(path, listener, handlers).map_err(|_| Handlers::new()),
+            Err(_) => Err(handlers),
+        }
+    }
+
+    fn listen(path: &Path) -> Result<OwnedFd> {
         let listen = || -> io::Result<OwnedFd> {
             match std::fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -360,9 +372,13 @@ impl ControlServer {
             socket::listen(&socket, Backlog::new(16)?)?;
             Ok(socket)
         };
-        let listener = Arc::new(listen().map_err(|cause| {
+        listen().map_err(|cause| {
             Error::io(ErrorKind::System, "listen on the control socket", cause).at_path(path)
-        })?);
+        })
+    }
+
+    fn accept(path: &Path, listener: OwnedFd, handlers: Handlers) -> Result<Self> {
+        let listener = Arc::new(listener);
         let ended = Arc::new(AtomicBool::new(false));
         let connections = Arc::new(Mutex::new(Vec::new()));
         let running = Arc::new(AtomicUsize::new(0));

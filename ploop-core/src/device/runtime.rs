@@ -5,14 +5,18 @@
 //! device and inode number, so that a disk is found under every path it has; processes by id and start time, so that
 //! a reused id is not taken for them.
 //!
-//! Every change of a record is: lock the folder above, read, change, write a new file, rename. Readers need no lock.
+//! Every change of a record is: lock this entry, read, change, write a new file, rename. Readers need no lock. Appearance of
+//! entries is guarded by a lock of the folder above. Both are waited for no longer than [`LOCK_MAX`]: a command that was
+//! stopped while it held one holds up no other disk, and no takeover.
 //! An entry whose processes are all gone is stale; only [`Runtime::sweep`] and the command that ends it remove it.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +38,10 @@ const LOCK_NAME: &str = ".lock";
 /// A record is not longer than this.
 const STATE_BYTES_MAX: u64 = 1 << 20;
 const VERSION: u32 = 1;
+/// How long a lock of the run-time folder is waited for.
+pub const LOCK_MAX: Duration = Duration::from_secs(10);
+/// How often it is tried again.
+const LOCK_RETRY: Duration = Duration::from_millis(2);
 
 /// An image file of a served disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -174,6 +182,9 @@ pub struct State {
     pub open: OpenRequest,
     /// The descriptor as a file, if there is one.
     pub descriptor: Option<ImageFile>,
+    /// The folder of the descriptor.
+    #[serde(default)]
+    pub folder: Option<ImageFile>,
     /// All deltas, base first.
     pub images: Vec<ImageFile>,
     /// Size of the disk in bytes, once it is open.
@@ -195,6 +206,9 @@ pub struct State {
     /// Who uses the disk, where several use the same images: a name for `umount`.
     #[serde(default)]
     pub component: Option<String>,
+    /// What the keeper knows and the server cannot tell: that it does not run, or why no successor serves yet.
+    #[serde(default)]
+    pub trouble: Option<String>,
 }
 
 impl State {
@@ -204,6 +218,7 @@ impl State {
             version: VERSION,
             id,
             open,
+            folder: descriptor.as_ref().and_then(|file| ImageFile::at(file.path.parent()?).ok()),
             descriptor,
             images,
             size_bytes: None,
@@ -215,6 +230,7 @@ impl State {
             takeovers: 0,
             failure: None,
             component: None,
+            trouble: None,
         }
     }
 
@@ -239,8 +255,18 @@ impl State {
 
     /// Whether `file` is one of its deltas or its descriptor.
     pub fn uses(&self, file: &ImageFile) -> bool {
-        // Each change of the snapshots puts another file in the descriptor's place: its name is what stays.
-        let is_descriptor = |own: &ImageFile| own.is_same_file(file) || own.path == file.path;
+        // Each change of the snapshots puts another file in the descriptor's place: its name in its folder is what stays,
+        // wherever that folder is by now, and not in another one that has the path.
+        let is_descriptor = |own: &ImageFile| {
+            let in_folder = || match (&self.folder, file.path.parent()) {
+                (Some(folder), Some(parent)) => {
+                    file.path.file_name() == own.path.file_name()
+                        && ImageFile::at(parent).is_ok_and(|parent| parent.is_same_file(folder))
+                }
+                _ => own.path == file.path,
+            };
+            own.is_same_file(file) || in_folder()
+        };
         self.images.iter().any(|own| own.is_same_file(file))
             || self.descriptor.as_ref().is_some_and(is_descriptor)
     }
@@ -305,23 +331,14 @@ impl Runtime {
         &self.root
     }
 
-    /// Waits for the lock that guards appearance and disappearance of entries and changes of their records.
+    /// Waits for the lock that guards the appearance of entries, up to [`LOCK_MAX`].
     pub fn lock(&self) -> Result<RuntimeLock> {
-        let path = self.root.join(LOCK_NAME);
-        let open = || -> io::Result<File> {
-            fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)
-        };
-        let file =
-            open().map_err(|cause| Error::io(ErrorKind::Lock, "open the lock file", cause).at_path(&path))?;
-        match Flock::lock(file, FlockArg::LockExclusive) {
-            Ok(lock) => Ok(RuntimeLock(lock)),
-            Err((_, errno)) => Err(Error::io(ErrorKind::Lock, "lock", errno.into()).at_path(&path)),
-        }
+        take_lock(&self.root.join(LOCK_NAME), LOCK_MAX)
     }
 
     /// The entry of that id, whether it exists or not.
     pub fn entry(&self, id: &str) -> Entry {
-        Entry { runtime: self.clone(), path: self.root.join(id) }
+        Entry { path: self.root.join(id) }
     }
 
     /// All records, those of dead servers included. A folder without a readable record is passed over: its maker may
@@ -451,8 +468,10 @@ impl Runtime {
 
     /// Removes entries whose processes are gone and that nothing in the kernel depends on any more; what was removed.
     /// An entry with a loop device that is still attached stays: whoever mounted it must be told.
+    ///
+    /// Somebody else who works on the folder now sweeps another time.
     pub fn sweep(&self) -> Result<Vec<State>> {
-        let _lock = self.lock()?;
+        let Ok(_lock) = take_lock(&self.root.join(LOCK_NAME), Duration::ZERO) else { return Ok(Vec::new()) };
         let mut removed = Vec::new();
         for state in self.states()? {
             let attached = state.loop_device.as_deref().is_some_and(|device| {
@@ -470,6 +489,34 @@ impl Runtime {
     }
 }
 
+/// Takes an exclusive lock on the file at `path`, which is made when missing.
+fn take_lock(path: &Path, time_max: Duration) -> Result<RuntimeLock> {
+    let open = || -> io::Result<File> {
+        fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+    };
+    let mut file =
+        open().map_err(|cause| Error::io(ErrorKind::Lock, "open the lock file", cause).at_path(path))?;
+    let deadline = Instant::now() + time_max;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(RuntimeLock(lock)),
+            Err((back, Errno::EWOULDBLOCK | Errno::EINTR)) => file = back,
+            Err((_, errno)) => return Err(Error::io(ErrorKind::Lock, "lock", errno.into()).at_path(path)),
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::new(
+                ErrorKind::Lock,
+                format!("lock: another command has held it for {} s", time_max.as_secs()),
+            )
+            .at_path(path)
+            .advise(
+                "one that was stopped in the middle goes on with `kill -CONT`; `lslocks` shows which it is",
+            ));
+        }
+        std::thread::sleep(LOCK_RETRY);
+    }
+}
+
 /// Names that a run-time folder may have: nothing that leads elsewhere.
 fn is_id(id: &str) -> bool {
     (1..=64).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
@@ -478,7 +525,6 @@ fn is_id(id: &str) -> bool {
 /// One run-time folder.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    runtime: Runtime,
     path: PathBuf,
 }
 
@@ -542,7 +588,7 @@ impl Entry {
 
     /// Changes the record; what it is then.
     pub fn update(&self, change: impl FnOnce(&mut State)) -> Result<State> {
-        let _lock = self.runtime.lock()?;
+        let _lock = take_lock(&self.path.join(LOCK_NAME), LOCK_MAX)?;
         let mut state = self.state()?;
         change(&mut state);
         self.write(&state)?;
@@ -571,7 +617,7 @@ impl Entry {
     /// Removes the folder; a FUSE file that is still mounted there is unmounted first, in use or not. Nothing is done
     /// to a folder that is gone.
     pub fn remove(&self) -> Result<()> {
-        let _lock = self.runtime.lock()?;
+        // Without the lock of the folder above: who makes an entry meanwhile sees this one, or does not.
         self.remove_files()
     }
 
@@ -580,7 +626,7 @@ impl Entry {
             // Fails when nothing is mounted there, which is what is wanted.
             while super::fuse::sys::unmount(&self.disk_file(), true).is_ok() {}
             let frozen = [FROZEN_NAME, "frozen.json.new", "frozen.lock"];
-            let others = [SOCKET_NAME, LOG_NAME, DISK_NAME, ".state.json.new", STATE_NAME];
+            let others = [SOCKET_NAME, LOG_NAME, DISK_NAME, ".state.json.new", STATE_NAME, LOCK_NAME];
             for name in frozen.into_iter().chain(others) {
                 match fs::remove_file(self.path.join(name)) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -326,11 +326,19 @@ pub fn named_in(folder: &DirectoryFolder, snapshot: Option<&str>) -> Result<Vec<
 /// A server's way to hand files to its keeper.
 #[derive(Debug)]
 pub struct Handing {
-    keeper: Connection,
     open: OpenRequest,
     folder: Option<HeldFile>,
-    /// Number and identities of the last set that was sent.
-    last: Mutex<(u64, Vec<FileIdentity>)>,
+    last: Mutex<Last>,
+}
+
+/// To whom files were handed, and which.
+#[derive(Debug)]
+struct Last {
+    keeper: Connection,
+    /// Number of the last set that was sent.
+    number: u64,
+    /// Its files.
+    identities: Vec<FileIdentity>,
 }
 
 impl Handing {
@@ -348,12 +356,26 @@ impl Handing {
                 .map_err(|cause| Error::io(ErrorKind::Open, "hold the folder", cause).at_path(folder.path()))
         };
         let folder = folder.map(hold).transpose()?;
-        Ok(Self { keeper, open, folder, last: Mutex::new((number, Vec::new())) })
+        let last = Mutex::new(Last { keeper, number, identities: Vec::new() });
+        Ok(Self { open, folder, last })
     }
 
     /// The number of the last set.
     pub fn number(&self) -> u64 {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner).0
+        self.lock().number
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Last> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on to another keeper, who is sent the files of `chain`, the one in use.
+    pub fn change_keeper(&self, keeper: Connection, chain: &Chain) -> Result<()> {
+        let mut last = self.lock();
+        last.keeper = keeper;
+        last.identities.clear();
+        drop(last);
+        self.hand(chain)
     }
 
     /// Sends the files of `chain`, unless they were sent last. Nothing to do for a keeper that is gone: there will be no
@@ -361,12 +383,12 @@ impl Handing {
     pub fn hand(&self, chain: &Chain) -> Result<()> {
         let files = files_of(chain)?;
         let identities = files.iter().map(HeldFile::identity).collect::<Result<Vec<_>>>()?;
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.1 == identities {
+        let mut last = self.lock();
+        if last.identities == identities {
             return Ok(());
         }
         let held = HeldFiles {
-            number: last.0 + 1,
+            number: last.number + 1,
             terms: Terms {
                 open: self.open.clone(),
                 raw_cluster_sectors: chain
@@ -380,18 +402,19 @@ impl Handing {
             },
             images: files,
         };
-        match held.send(&self.keeper) {
-            Err(error) if !self.keeper.is_closed() => return Err(error),
+        match held.send(&last.keeper) {
+            Err(error) if !last.keeper.is_closed() => return Err(error),
             _ => {}
         }
-        *last = (last.0 + 1, identities);
+        last.number += 1;
+        last.identities = identities;
         Ok(())
     }
 
     /// Tells that the set in use is another one.
     pub fn replaced(&self) {
         // A keeper that does not hear of it holds a file longer than it must.
-        let _ = self.keeper.send(&Message::Done, &[]);
+        let _ = self.lock().keeper.send(&Message::Done, &[]);
     }
 }
 
@@ -416,4 +439,131 @@ fn files_of(chain: &Chain) -> Result<Vec<HeldFile>> {
         Ok(HeldFile { path, descriptor })
     };
     (0..chain.depth()).map(hold).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Guid;
+    use crate::ops;
+    use crate::units::Sectors;
+    use std::fs::File;
+    use std::path::Path;
+
+    fn held(number: u64, folder: &Path, files: &[&str]) -> HeldFiles {
+        let hold = |path: PathBuf| {
+            let file = File::open(&path).unwrap();
+            HeldFile { descriptor: identity::hold(file.as_fd()).unwrap(), path }
+        };
+        HeldFiles {
+            number,
+            terms: Terms::default(),
+            folder: Some(hold(folder.to_path_buf())),
+            images: files.iter().map(|file| hold(folder.join(file))).collect(),
+        }
+    }
+
+    /// A disk, and what it has after a snapshot: the files before, those after.
+    fn snapshot(folder: &Path) -> (HeldFiles, HeldFiles) {
+        let options = ops::create::CreateOptions::new(folder, "disk.hds", Sectors(2048 * 8));
+        ops::create(&options).unwrap();
+        let before = held(1, folder, &["disk.hds"]);
+        let mut after = DiskDescriptor::load(&DirectoryFolder::open(folder).unwrap(), None).unwrap();
+        after.add_snapshot(Guid::random(), "disk.hds.new").unwrap();
+        std::fs::copy(folder.join("disk.hds"), folder.join("disk.hds.new")).unwrap();
+        let prepared = held(2, folder, &["disk.hds", "disk.hds.new"]);
+        std::fs::copy(folder.join("DiskDescriptor.xml"), folder.join("before.xml")).unwrap();
+        after.store(&DirectoryFolder::open(folder).unwrap()).unwrap();
+        (before, prepared)
+    }
+
+    #[test]
+    fn around_a_snapshot_the_descriptor_says_which_files_are_served() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        std::fs::create_dir(&path).unwrap();
+        let (before, after) = snapshot(&path);
+        // Renamed, and nothing pending: the new ones, also from a folder that was moved.
+        let moved = folder.path().join("moved");
+        std::fs::rename(&path, &moved).unwrap();
+        let chosen = choose(vec![before, after], 1, false).unwrap();
+        assert_eq!((chosen.files.number, chosen.number_max, chosen.warning), (2, 2, None));
+        std::fs::rename(&moved, &path).unwrap();
+        let sets = || vec![held(1, &path, &["disk.hds"]), held(2, &path, &["disk.hds", "disk.hds.new"])];
+        // Not renamed: the old ones.
+        let renamed = path.join("renamed.xml");
+        std::fs::rename(path.join("DiskDescriptor.xml"), &renamed).unwrap();
+        std::fs::rename(path.join("before.xml"), path.join("DiskDescriptor.xml")).unwrap();
+        let chosen = choose(sets(), 1, false).unwrap();
+        assert_eq!((chosen.files.number, chosen.warning), (1, None));
+        // In use already: these, whatever the descriptor says.
+        let chosen = choose(sets(), 2, false).unwrap();
+        assert!(chosen.files.number == 2 && chosen.warning.is_some());
+        // Entries that are pending belong to the files in use.
+        std::fs::rename(&renamed, path.join("DiskDescriptor.xml")).unwrap();
+        let chosen = choose(sets(), 1, true).unwrap();
+        assert!(chosen.files.number == 1 && chosen.warning.is_some());
+        // Names that were given to other files, and no descriptor at all.
+        std::fs::copy(path.join("disk.hds"), path.join("other")).unwrap();
+        let kept = sets();
+        std::fs::rename(path.join("other"), path.join("disk.hds")).unwrap();
+        let chosen = choose(kept, 1, false).unwrap();
+        assert!(chosen.files.number == 1 && chosen.warning.unwrap().contains("other files"));
+        let kept = sets();
+        std::fs::remove_file(path.join("DiskDescriptor.xml")).unwrap();
+        assert!(choose(kept, 2, false).unwrap().warning.is_some());
+        // Files that nobody holds are served by nobody.
+        assert!(choose(sets(), 3, false).is_err());
+    }
+
+    #[test]
+    fn files_go_over_a_socket_in_parts_and_outlive_who_sent_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let names: Vec<String> = (0..DEPTH_MAX).map(|number| format!("image{number}")).collect();
+        for name in &names {
+            std::fs::write(folder.path().join(name), name).unwrap();
+        }
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let sent = held(7, folder.path(), &names);
+        let identities = sent.identities().unwrap();
+        let (server, keeper) = Connection::pair().unwrap();
+        sent.send(&server).unwrap();
+        // Half of another set, and death.
+        let part = Part {
+            number: 8,
+            first: 0,
+            count: 2,
+            has_folder: false,
+            terms: None,
+            files: vec![(PathBuf::from("x"), sent.images[0].identity().unwrap())],
+        };
+        server.send(&Message::Part(part), &[sent.images[0].descriptor.as_fd()]).unwrap();
+        drop((server, sent));
+        let (holdings, mut incoming) = (Holdings::default(), Incoming::default());
+        loop {
+            match incoming.receive(&keeper, None).unwrap() {
+                Came::Files(files) => holdings.add(files, 0),
+                Came::End => break,
+                Came::Nothing | Came::Done => {}
+            }
+        }
+        let (keeper, successor) = Connection::pair().unwrap();
+        holdings.send(&keeper).unwrap();
+        let came = receive_all(&successor).unwrap();
+        assert_eq!(came.len(), 1);
+        assert_eq!((came[0].number, came[0].identities().unwrap()), (7, identities));
+        assert!(came[0].folder.is_some());
+        // What is not what was said is refused.
+        let wrong = FileIdentity { device: 0, inode: 0 };
+        let part = Part {
+            number: 9,
+            first: 0,
+            count: 1,
+            has_folder: false,
+            terms: None,
+            files: vec![(PathBuf::from("x"), wrong)],
+        };
+        keeper.send(&Message::Part(part), &[came[0].images[0].descriptor.as_fd()]).unwrap();
+        assert!(Incoming::default().receive(&successor, None).is_err());
+    }
 }

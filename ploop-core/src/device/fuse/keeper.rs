@@ -21,28 +21,35 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
 
-use super::held::{Came, Holdings, Incoming};
+use super::held::Holdings;
+use super::life::{Collector, Ended, Log, Process};
+use super::notes::Notes;
 use super::survivor::{Legacy, Survivor};
 use super::sys;
 use crate::device::control::Connection;
-use crate::device::runtime::{Entry, Failure, ProcessMark};
+use crate::device::runtime::{Entry, ProcessMark};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Servers that may die within [`DEATHS_WINDOW`] before the keeper gives up.
 pub const DEATHS_MAX: usize = 5;
 /// The time over which deaths are counted.
 pub const DEATHS_WINDOW: Duration = Duration::from_secs(60);
-/// Successors that may fail in a row, none of which came to serving.
+/// Successors that may fail in a row, none of which came to serving, and servers that may fail to save what is pending. One
+/// that only found the image locked by somebody else is not counted: that ends by itself, and giving up would lose what is
+/// pending.
 pub const FAILURES_MAX: u32 = 3;
-/// Pause before a successor that follows another death closely.
-const PAUSE: Duration = Duration::from_millis(200);
+/// How long a process that cannot be started is tried again, and the pauses at first and at most.
+const START_MAX: Duration = Duration::from_secs(60);
+const START_PAUSES: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(250));
+/// How long the last notes may take.
+const NOTES_END_MAX: Duration = Duration::from_secs(2);
 
 /// What a server is started for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,11 +139,24 @@ pub fn block_end_signals() -> Result<SigSet> {
 /// The server that runs now, for the thread that passes signals on.
 type Current = Arc<Mutex<Option<Pid>>>;
 
+/// What a new keeper is given by the server that has started it, because the former one had died.
+pub struct Orphan {
+    /// `/dev/fuse`.
+    pub fuse: OwnedFd,
+    /// The survivor memory.
+    pub memory: OwnedFd,
+    /// The other end of the server's connection.
+    pub connection: Connection,
+    /// The server's process, and its number.
+    pub process: (OwnedFd, u32),
+}
+
 /// Holds one exported file.
 pub struct Keeper {
     fuse: OwnedFd,
     survivor: Survivor,
     entry: Entry,
+    notes: Notes,
     /// The files of the disk.
     holdings: Holdings,
     current: Current,
@@ -145,6 +165,8 @@ pub struct Keeper {
     failures: u32,
     /// Servers that had come to serving when the last one died.
     servers: u64,
+    /// The server that is there already.
+    orphan: Option<(Connection, Process, u32)>,
 }
 
 impl Keeper {
@@ -164,18 +186,32 @@ impl Keeper {
         Ok(Self::holding(fuse, survivor, entry))
     }
 
+    /// Takes the place of a keeper that has died.
+    pub fn adopting(entry: Entry, orphan: Orphan) -> Result<Self> {
+        let survivor = Survivor::open(orphan.memory)?;
+        let mut keeper = Self::holding(orphan.fuse, survivor, entry);
+        let (process, pid) = orphan.process;
+        keeper.servers = keeper.survivor.legacy()?.servers;
+        keeper.orphan = Some((orphan.connection, Process::Adopted(process), pid));
+        Ok(keeper)
+    }
+
     fn holding(fuse: OwnedFd, survivor: Survivor, entry: Entry) -> Self {
         let (current, deaths) = (Current::default(), VecDeque::new());
-        let holdings = Holdings::default();
-        Self { fuse, survivor, entry, holdings, current, deaths, failures: 0, servers: 0 }
+        let (notes, holdings) = (Notes::default(), Holdings::default());
+        let (failures, servers, orphan) = (0, 0, None);
+        Self { fuse, survivor, entry, notes, holdings, current, deaths, failures, servers, orphan }
     }
 
     /// Runs servers until one ends by order, or none can follow. `prepare` says how to start one; `log` takes what is
     /// worth telling. When this returns the mount is dead; after success it is gone, and the run-time
     /// folder, too.
-    pub fn run(mut self, prepare: impl Fn(&Launch) -> Command, log: &dyn Fn(&str)) -> Result<()> {
+    pub fn run(mut self, prepare: impl Fn(&Launch) -> Command, log: Log<'_>) -> Result<()> {
         let signals = block_end_signals()?;
         let current = Arc::clone(&self.current);
+        // With the signals blocked, as every thread of this process.
+        self.notes.write_to(self.entry.clone());
+        self.notes.keeper(ProcessMark::own());
         std::thread::Builder::new()
             .name("signals".into())
             .spawn(move || pass_signals(&signals, &current))
@@ -184,10 +220,8 @@ impl Keeper {
         if let Err(error) = &outcome {
             log(&format!("giving up: {error}"));
             // Whoever waits for this disk finds the reason here.
-            let noted = self.entry.update(|state| {
-                state.failure.get_or_insert_with(|| Failure::of(error));
-            });
-            if let Err(second) = noted {
+            self.notes.failure(error);
+            if let Err(second) = self.notes.end(NOTES_END_MAX) {
                 log(&format!("the reason cannot be recorded: {second}"));
             }
         }
@@ -200,50 +234,72 @@ impl Keeper {
         outcome
     }
 
-    fn run_servers(&mut self, prepare: &impl Fn(&Launch) -> Command, log: &dyn Fn(&str)) -> Result<()> {
+    fn run_servers(&mut self, prepare: &impl Fn(&Launch) -> Command, log: Log<'_>) -> Result<()> {
         let mut mode = Mode::First;
         loop {
-            let status = self.run_one(mode, prepare, log)?;
-            if status.success() {
+            let ended = match self.orphan.take() {
+                Some(orphan) => self.watch(orphan, log)?,
+                None => self.run_one(mode, prepare, log)?,
+            };
+            if ended.is_clean() {
                 return Ok(());
             }
-            log(&format!("the server ended without closing the image: {status}"));
+            log(&format!("the server ended without closing the image: {}", ended.told));
             let legacy = self.survivor.legacy()?;
             let stopped = self.survivor.is_stopped()?;
-            match self.next_mode(mode, stopped, &legacy, status) {
+            match self.next_mode(mode, stopped, &legacy, &ended) {
                 Ok(next) => mode = next,
                 Err(error) => {
-                    let has_more = legacy.servers > 0 && !legacy.poisoned && !legacy.incomplete;
-                    if has_more && mode != Mode::Finish {
+                    let is_whole = legacy.servers > 0 && !legacy.poisoned && !legacy.incomplete;
+                    if is_whole && mode != Mode::Finish {
                         log(&format!("{error}; saving {} pending entries", legacy.entries.len()));
-                        let status = self.run_one(Mode::Finish, prepare, log)?;
-                        log(&format!("saving pending entries ended: {status}"));
-                        return Err(if status.success() {
-                            error.advise(
-                                "every acknowledged write is in the image, and the image is closed: unmount what is \
-                                 left with ploop umount, then mount again",
-                            )
-                        } else {
-                            error
-                        });
+                        return Err(self.finish(error, prepare, log));
                     }
                     return Err(error);
                 }
             }
             if mode == Mode::Takeover {
                 log(&format!("a successor takes over with {} pending entries", legacy.entries.len()));
-                if self.deaths.len() > 1 {
-                    std::thread::sleep(PAUSE);
-                }
-                self.entry.update(|state| state.takeovers = state.takeovers.saturating_add(1))?;
+                self.notes.takeover();
             }
         }
     }
 
+    /// Enters what is pending into the image and closes it, for a device that is given up because of `error`: that error,
+    /// which says whether it was done.
+    fn finish(&mut self, error: Error, prepare: &impl Fn(&Launch) -> Command, log: Log<'_>) -> Error {
+        let mut failures = 0;
+        while failures < FAILURES_MAX {
+            let outcome = self.run_one(Mode::Finish, prepare, log);
+            match &outcome {
+                Ok(ended) => log(&format!("saving pending entries ended: {}", ended.told)),
+                Err(failed) => log(&format!("saving pending entries: {failed}")),
+            }
+            match outcome {
+                Ok(ended) if ended.is_clean() => {
+                    return error.advise(
+                        "every acknowledged write is in the image, and the image is closed: unmount what is \
+                         left with ploop umount, then mount again",
+                    );
+                }
+                // Each waits for the lock for a while.
+                Ok(ended) if ended.is_because_of(ErrorKind::InUse) => {
+                    self.notes.trouble(Some("another program holds the image".into()));
+                }
+                Ok(_) | Err(_) => failures += 1,
+            }
+        }
+        error.advise(
+            "what was written last could not be saved; the log in the run-time folder says why: unmount what is left \
+             with ploop umount, then check the image and its file system",
+        )
+    }
+
     /// What follows the death of a server in `mode`.
-    fn next_mode(&mut self, mode: Mode, stopped: bool, legacy: &Legacy, status: ExitStatus) -> Result<Mode> {
+    fn next_mode(&mut self, mode: Mode, stopped: bool, legacy: &Legacy, ended: &Ended) -> Result<Mode> {
         let check = "unmount what is left with ploop umount and check the image and its file system";
-        let dead = |why: &str| Error::new(ErrorKind::Device, format!("the server died ({status}), {why}"));
+        let dead =
+            |why: &str| Error::new(ErrorKind::Device, format!("the server died ({}), {why}", ended.told));
         if legacy.poisoned {
             return Err(dead("after a sync had failed: what was written since the last flush may be lost")
                 .advise(check)
@@ -256,13 +312,22 @@ impl Keeper {
             return Err(dead("and what it had not written to the table is not all known").advise(check));
         }
         if mode == Mode::Finish {
+            self.failures += 1;
+            if self.failures < FAILURES_MAX || ended.is_because_of(ErrorKind::InUse) {
+                return Ok(Mode::Finish);
+            }
             return Err(dead("while it saved the last writes").advise(check));
         }
         if stopped {
+            self.failures = 0;
             return Ok(Mode::Finish);
         }
         if !legacy.agreement.is_some_and(|agreement| agreement.can_resend()) {
             return Err(dead("and this kernel cannot repeat requests to a successor (needs Linux 6.9)"));
+        }
+        if mode == Mode::Takeover && legacy.servers == self.servers && ended.is_because_of(ErrorKind::InUse) {
+            self.notes.trouble(Some("no successor serves yet: another program holds the image".into()));
+            return Ok(Mode::Takeover);
         }
         self.failures = if legacy.servers > self.servers { 0 } else { self.failures + 1 };
         self.servers = legacy.servers;
@@ -279,44 +344,68 @@ impl Keeper {
     }
 
     /// Starts a server and waits for its end.
-    fn run_one(
-        &mut self,
-        mode: Mode,
-        prepare: &impl Fn(&Launch) -> Command,
-        log: &dyn Fn(&str),
-    ) -> Result<ExitStatus> {
+    fn run_one(&mut self, mode: Mode, prepare: &impl Fn(&Launch) -> Command, log: Log<'_>) -> Result<Ended> {
         let (own, servers) = Connection::pair()?;
-        let mut child = self.spawn(mode, prepare, &servers)?;
+        let child = self.start(mode, prepare, &servers, log)?;
         drop(servers);
         let id = child.id();
-        let pid = i32::try_from(id).ok().map(Pid::from_raw);
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = pid;
         if mode != Mode::First {
             // One that has died meanwhile takes nothing; how it ended is told below.
             let _ = self.holdings.send(&own);
         }
-        let noted = self.entry.update(|state| state.server = ProcessMark::of(id));
-        let (holdings, survivor) = (&self.holdings, &self.survivor);
-        let (status, problem) = std::thread::scope(|scope| {
-            let collector = std::thread::Builder::new()
+        self.watch((own, Process::Child(child), id), log)
+    }
+
+    /// Waits for the end of a server, and takes what it hands over meanwhile.
+    fn watch(&self, (own, mut process, id): (Connection, Process, u32), log: Log<'_>) -> Result<Ended> {
+        let pid = i32::try_from(id).ok().map(Pid::from_raw);
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = pid;
+        self.notes.server(ProcessMark::of(id));
+        let collector = Collector { from: &own, holdings: &self.holdings, survivor: &self.survivor };
+        let (ended, problem) = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new()
                 .name("files".into())
-                .spawn_scoped(scope, || collect(&own, holdings, survivor));
-            let status = self.wait_for(&mut child, pid);
+                .spawn_scoped(scope, || collector.run(&self.notes, log));
+            let forget = || *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            let ended = process.wait(pid, &self.survivor, forget);
             // What it had sent is still received.
             own.end_receiving();
-            let collected = match collector {
+            let collected = match thread {
                 Ok(thread) => thread.join().unwrap_or_else(|_| {
                     Err(Error::new(ErrorKind::System, "the thread that takes files over panicked"))
                 }),
-                Err(_) => collect(&own, holdings, survivor),
+                Err(_) => collector.run(&self.notes, log),
             };
-            (status, collected.err())
+            (ended, collected.err())
         });
         if let Some(problem) = problem {
             log(&format!("files of the server were not taken over: {problem}"));
         }
-        noted?;
-        status.map_err(|cause| Error::io(ErrorKind::System, "wait for the server", cause))
+        ended.map_err(|cause| Error::io(ErrorKind::System, "wait for the server", cause))
+    }
+
+    /// Starts a server. What fails once (memory, processes, open files of the whole machine) may not the next time.
+    fn start(
+        &self,
+        mode: Mode,
+        prepare: &impl Fn(&Launch) -> Command,
+        connection: &Connection,
+        log: Log<'_>,
+    ) -> Result<Child> {
+        let deadline = Instant::now() + START_MAX;
+        let mut pause = START_PAUSES.0;
+        loop {
+            let error = match self.spawn(mode, prepare, connection) {
+                Ok(child) => return Ok(child),
+                // Who mounts waits, and can try again himself.
+                Err(error) if mode == Mode::First || Instant::now() >= deadline => return Err(error),
+                Err(error) => error,
+            };
+            log(&format!("{error}; trying again"));
+            self.notes.trouble(Some(format!("no successor serves yet: {error}")));
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(START_PAUSES.1);
+        }
     }
 
     fn spawn(
@@ -335,31 +424,6 @@ impl Keeper {
         let started = prepare(&launch).spawn();
         inheritable(false).map_err(|cause| failed("keep descriptors", cause))?;
         started.map_err(|cause| failed("start a server", cause))
-    }
-
-    fn wait_for(&self, child: &mut Child, pid: Option<Pid>) -> io::Result<ExitStatus> {
-        if let Some(pid) = pid {
-            use nix::sys::wait::{Id, WaitPidFlag, waitid};
-            // Not reaped yet: the number stays its own until nobody sends signals to it any more.
-            while let Err(nix::errno::Errno::EINTR) =
-                waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
-            {}
-        }
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        child.wait()
-    }
-}
-
-/// Takes the files over that a server hands to its keeper, until it ends.
-fn collect(from: &Connection, holdings: &Holdings, survivor: &Survivor) -> Result<()> {
-    let mut incoming = Incoming::default();
-    loop {
-        match incoming.receive(from, None)? {
-            Came::Files(files) => holdings.add(files, survivor.files()?),
-            Came::Done => holdings.forget_before(survivor.files()?),
-            Came::Nothing => {}
-            Came::End => return Ok(()),
-        }
     }
 }
 
@@ -391,6 +455,10 @@ mod tests {
         Keeper::holding(fuse, survivor, entry)
     }
 
+    fn ended(status: i32) -> Ended {
+        Ended::from(std::process::ExitStatus::from_raw(status))
+    }
+
     fn legacy() -> Legacy {
         Legacy {
             agreement: Some(Agreement { minor: 40, flags: HAS_RESEND }),
@@ -407,8 +475,8 @@ mod tests {
     fn who_may_succeed_a_dead_server() {
         let folder = tempfile::tempdir().unwrap();
         let mut keeper = keeper(folder.path());
-        let killed = ExitStatus::from_raw(9);
-        let mut next = |mode, stopped, legacy: Legacy| keeper.next_mode(mode, stopped, &legacy, killed);
+        let killed = ended(9);
+        let mut next = |mode, stopped, legacy: Legacy| keeper.next_mode(mode, stopped, &legacy, &killed);
         assert_eq!(next(Mode::First, false, legacy()).unwrap(), Mode::Takeover);
         assert_eq!(next(Mode::First, true, legacy()).unwrap(), Mode::Finish);
         let poisoned = next(Mode::First, false, Legacy { poisoned: true, ..legacy() });
@@ -417,29 +485,62 @@ mod tests {
         assert!(next(Mode::First, false, Legacy { incomplete: true, ..legacy() }).is_err());
         assert!(next(Mode::First, false, Legacy { servers: 0, ..legacy() }).is_err());
         assert!(next(Mode::First, false, Legacy { agreement: None, ..legacy() }).is_err());
-        assert!(next(Mode::Finish, false, legacy()).is_err());
+        // What fails once while it saves may not the next time.
+        for _ in 1..FAILURES_MAX {
+            assert_eq!(next(Mode::Finish, true, legacy()).unwrap(), Mode::Finish);
+        }
+        assert!(next(Mode::Finish, true, legacy()).is_err());
+    }
+
+    #[test]
+    fn an_image_that_somebody_else_has_locked_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut keeper = keeper(folder.path());
+        let (killed, in_use) = (ended(9), ended(i32::from(ErrorKind::InUse.exit_code()) << 8));
+        assert_eq!(keeper.next_mode(Mode::First, false, &legacy(), &killed).unwrap(), Mode::Takeover);
+        for _ in 0..100 {
+            assert_eq!(keeper.next_mode(Mode::Takeover, false, &legacy(), &in_use).unwrap(), Mode::Takeover);
+        }
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_started_once_is_started_the_next_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let keeper = keeper(folder.path());
+        let (_own, servers) = Connection::pair().unwrap();
+        let tries = std::cell::Cell::new(0);
+        let prepare = |_: &Launch| {
+            tries.set(tries.get() + 1);
+            Command::new(if tries.get() < 4 { "/nonexistent/program" } else { "true" })
+        };
+        assert!(
+            keeper.start(Mode::First, &prepare, &servers, &|_| {}).is_err(),
+            "who mounts is told at once"
+        );
+        let mut child = keeper.start(Mode::Takeover, &prepare, &servers, &|_| {}).unwrap();
+        assert!(child.wait().unwrap().success() && tries.get() == 4);
     }
 
     #[test]
     fn deaths_are_bounded() {
         let folder = tempfile::tempdir().unwrap();
         let mut keeper = keeper(folder.path());
-        let killed = ExitStatus::from_raw(9);
+        let killed = ended(9);
         let died = |servers| Legacy { servers, ..legacy() };
         for servers in 1..=DEATHS_MAX as u64 {
-            assert!(keeper.next_mode(Mode::Takeover, false, &died(servers), killed).is_ok());
+            assert!(keeper.next_mode(Mode::Takeover, false, &died(servers), &killed).is_ok());
         }
-        assert!(keeper.next_mode(Mode::Takeover, false, &died(99), killed).is_err());
+        assert!(keeper.next_mode(Mode::Takeover, false, &died(99), &killed).is_err());
     }
 
     #[test]
     fn successors_that_never_serve_are_not_tried_for_ever() {
         let folder = tempfile::tempdir().unwrap();
         let mut keeper = keeper(folder.path());
-        let failed = ExitStatus::from_raw(37 << 8);
+        let failed = ended(i32::from(ErrorKind::Open.exit_code()) << 8);
         for _ in 0..FAILURES_MAX {
-            assert!(keeper.next_mode(Mode::Takeover, false, &legacy(), failed).is_ok());
+            assert!(keeper.next_mode(Mode::Takeover, false, &legacy(), &failed).is_ok());
         }
-        assert!(keeper.next_mode(Mode::Takeover, false, &legacy(), failed).is_err());
+        assert!(keeper.next_mode(Mode::Takeover, false, &legacy(), &failed).is_err());
     }
 }

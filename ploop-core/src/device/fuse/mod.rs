@@ -4,10 +4,13 @@
 //! * [`server`]: answers the kernel's requests from a [`Disk`](super::Disk), with threads that are workers.
 //! * [`survivor`]: the memory that outlives a server, so that a successor serves what was acknowledged.
 //! * [`held`]: the files of the disk as the keeper holds them, so that a successor serves these and no others.
+//! * [`life`]: one server as its keeper sees it. [`notes`]: what a keeper writes into the record of its disk.
 //! * [`keeper`]: the process that holds the FUSE descriptor and that memory while servers come and go.
 
 pub mod held;
 pub mod keeper;
+pub mod life;
+pub mod notes;
 pub mod server;
 pub mod survivor;
 pub mod sys;

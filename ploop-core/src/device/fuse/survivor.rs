@@ -19,6 +19,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use super::held::Handing;
 use super::sys;
 use super::wire::Agreement;
+use crate::device::control::Connection;
 use crate::device::pending::{PendingEntry, PendingLog, Seal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Chain;
@@ -48,6 +49,8 @@ enum Word {
     Servers = 8,
     Stopped = 9,
     Files = 10,
+    Beats = 11,
+    Closed = 12,
 }
 
 impl Word {
@@ -164,6 +167,39 @@ impl Survivor {
     /// The number of the files in use.
     pub fn files(&self) -> Result<u64> {
         self.legacy_word(Word::Files)
+    }
+
+    /// Remembers that nobody may succeed a dead server any more.
+    pub fn refuse_successors(&self) -> Result<()> {
+        self.note(Word::Incomplete, 1)
+    }
+
+    /// Tells the keeper that the server runs, some times a second.
+    pub fn beat(&self) -> Result<()> {
+        let before = self.legacy_word(Word::Beats)?;
+        self.note(Word::Beats, before.wrapping_add(1))
+    }
+
+    /// How often the servers have beaten.
+    pub fn beats(&self) -> Result<u64> {
+        self.legacy_word(Word::Beats)
+    }
+
+    /// Remembers that the image is closed with everything in it: the server is about to end.
+    pub fn set_closed(&self) -> Result<()> {
+        self.note(Word::Closed, 1)
+    }
+
+    /// Whether the image was closed.
+    pub fn is_closed(&self) -> Result<bool> {
+        self.legacy_word(Word::Closed).map(|word| word != 0)
+    }
+
+    /// The same connection's files to another keeper: all that are in use, as a new set.
+    pub fn hand_files_anew(&self, keeper: Connection, chain: &Chain) -> Result<()> {
+        let Some(handing) = self.handing.get() else { return Ok(()) };
+        handing.change_keeper(keeper, chain)?;
+        self.note(Word::Files, handing.number())
     }
 
     /// Remembers that one more server has come to serving.

@@ -115,6 +115,40 @@ pub fn set_inheritable(descriptor: impl AsFd, inheritable: bool) -> io::Result<(
     Ok(())
 }
 
+/// Marks every descriptor but the standard ones as close-on-exec: what a caller's script has open (a lock, a pipe) is
+/// nothing that programs started from here may keep. It closes nothing.
+pub fn pass_on_nothing() -> io::Result<()> {
+    const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
+    let (first, last): (libc::c_uint, libc::c_uint) = (3, libc::c_uint::MAX);
+    // SAFETY: the call takes numbers only, and with this flag closes nothing.
+    if unsafe { libc::syscall(libc::SYS_close_range, first, last, CLOSE_RANGE_CLOEXEC) } == 0 {
+        return Ok(());
+    }
+    // Before Linux 5.11: one by one.
+    for item in std::fs::read_dir("/proc/self/fd")? {
+        let Some(number) = item?.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()) else {
+            continue;
+        };
+        if number > 2 {
+            // SAFETY: F_SETFD takes no pointer; on a number that is not open any more it fails.
+            unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+        }
+    }
+    Ok(())
+}
+
+/// A descriptor of this process that others can wait for its end with.
+pub fn own_process() -> io::Result<OwnedFd> {
+    let flags: libc::c_uint = 0;
+    // SAFETY: the call takes numbers only.
+    let number = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), flags) };
+    match RawFd::try_from(number) {
+        // SAFETY: the kernel has just made this number for us.
+        Ok(number) if number >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Takes over a descriptor that the parent process left open under this number and makes it close-on-exec.
 /// Numbers 0 to 2 and numbers that are not open, or are marked close-on-exec already, are refused.
 pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {

@@ -158,7 +158,8 @@ fn check_chain(chain: &Chain, bundle: &dyn Bundle, descriptor: &DiskDescriptor) 
     if all_same {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Descriptor, "the disk runs other images than its descriptor says")
+    // Not damage: the disk is whole, and so may be the other one.
+    Err(Error::new(ErrorKind::Busy, "the disk runs other images than its descriptor says")
         .advise("unmount the disk and mount it again before changing its snapshots"))
 }
 
@@ -180,7 +181,7 @@ fn check_same_file(in_use: &dyn Storage, opened: &dyn Storage) -> Result<()> {
     if is_file(in_use, file)? {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Descriptor, "the name of an image of the disk belongs to another file now")
+    Err(Error::new(ErrorKind::Busy, "the name of an image of the disk belongs to another file now")
         .advise("put the image back under its name, or unmount the disk, then run the same command again"))
 }
 
