@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::job_service::{Cargo, Turns};
-use crate::leash;
+use crate::{full_host, leash};
 
 /// The verb of the control socket.
 pub(crate) const VERB: &str = "copy";
@@ -245,6 +245,7 @@ impl CopyService {
         let (Some(output), Some(leash), None) = (output, descriptors.next(), descriptors.next()) else {
             return Err(Error::new(ErrorKind::Parameter, "a copy came with other descriptors than it needs"));
         };
+        full_host::refuse_while_waiting(&self.disk)?;
         let cancel = Cancel::new()?;
         let _turn = self.turns.copy(cargo, &cancel)?;
         leash::watch(leash, cancel.clone())?;

@@ -5,9 +5,11 @@
 
 mod args;
 mod commands;
+mod condition;
 mod copy_service;
 mod exit;
 mod file_system;
+mod full_host;
 mod inner_size;
 mod job_service;
 mod leash;

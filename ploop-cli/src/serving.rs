@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use ploop_core::device::control::Connection;
 use ploop_core::device::loop_device::{self, AttachOptions};
-use ploop_core::device::runtime::{self, Entry, OpenRequest, PartitionRange, Runtime, State};
+use ploop_core::device::runtime::{self, Entry, HostPolicy, OpenRequest, PartitionRange, Runtime, State};
 use ploop_core::ops::Space;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::full_host::WaitingStatus;
 use crate::{open, repartition};
 
 /// Set to 1: as `--allow-reclaim-stall` on every command that serves a disk, also where it is not typed by hand.
@@ -43,6 +44,9 @@ pub(crate) struct ServeOptions {
     pub(crate) component: Option<String>,
     /// The exported file alone, no loop device.
     pub(crate) without_device: bool,
+    /// What becomes of writes for which the host has no space. By default they fail: the command that works on the disk
+    /// then says so, instead of waiting unseen.
+    pub(crate) host_policy: HostPolicy,
 }
 
 /// What a server says of itself.
@@ -58,6 +62,12 @@ pub(crate) struct Status {
     pub(crate) read_only: bool,
     /// Whether a sync has failed.
     pub(crate) poisoned: bool,
+    /// How.
+    #[serde(default)]
+    pub(crate) poison: Option<String>,
+    /// Writes that wait for space on the host.
+    #[serde(default)]
+    pub(crate) waiting: Option<WaitingStatus>,
     /// Entries not yet in the table on disk.
     pub(crate) pending_entries: u64,
     /// Whether requests are answered and the keeper knows it, so that a successor may follow.
@@ -92,8 +102,11 @@ pub(crate) fn start(request: OpenRequest, options: &ServeOptions) -> Result<Serv
     runtime.sweep()?;
     let (descriptor, images) = open::files(&request)?;
     let id = new_id();
-    let state =
-        State { component: options.component.clone(), ..State::new(id.clone(), request, descriptor, images) };
+    let state = State {
+        component: options.component.clone(),
+        host_policy: options.host_policy,
+        ..State::new(id.clone(), request, descriptor, images)
+    };
     let entry = runtime.create(&id, &state)?;
     let result = start_in(&entry, options);
     match result {

@@ -35,8 +35,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::copy_service::{Ask, RemoteQuiesce};
+use crate::full_host::SpaceWatch;
 use crate::job_service::{self, Company, Turns};
 use crate::open;
+use crate::output::Output;
 use crate::progress::Job;
 
 /// The verb that makes a snapshot.
@@ -205,7 +207,11 @@ pub(crate) fn ask_snapshot(
     entry: &Entry,
     request: &SnapshotRequest,
     freezes: bool,
+    output: &Output,
 ) -> Result<Value> {
+    let path = state.descriptor.as_ref().map_or_else(|| entry.path(), |file| &file.path);
+    let _watch =
+        freezes.then(|| SpaceWatch::begin(entry, path, "the snapshot", false, *output)).transpose()?;
     // All mount points of one device show one file system, which can be frozen only once.
     let mount_point: Option<PathBuf> = match state.loop_device.as_deref().filter(|_| freezes) {
         Some(device) => runtime::mount_points_of(device)?.into_iter().next(),

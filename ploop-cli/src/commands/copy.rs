@@ -28,6 +28,7 @@ use crate::args;
 use crate::commands::init::{Format, ImageVersion};
 use crate::copy_service::{Ask, CHAIN_VERB, CopyRequest, Freight, VERB, Wishes, descriptor_of_all, to_value};
 use crate::exit::Outcome;
+use crate::full_host::SpaceWatch;
 use crate::leash;
 use crate::open::{self, Manner, Wanted};
 use crate::output::{Output, Report, complain, human_bytes};
@@ -352,6 +353,10 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
     signals::cancel(&cancel)?;
     let from = Origin::find(source)?;
     let progress = Progress::new(output);
+    let _watch = match &from {
+        Origin::Served(_, entry) => Some(SpaceWatch::begin(entry, source, "the copy", false, *output)?),
+        Origin::Closed(_) => None,
+    };
     let (link, peer) = match (target, &arguments.to) {
         (Some(target), _) => {
             Peer::start(&mut receiver_command(arguments, target)).map(|(link, peer)| (link, Some(peer)))?

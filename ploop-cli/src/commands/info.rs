@@ -10,9 +10,11 @@ use ploop_core::units::SECTOR_BYTES;
 use ploop_core::{Error, ErrorKind};
 use serde::Serialize;
 
+use crate::condition::Condition;
 use crate::exit::Outcome;
+use crate::full_host::Promised;
 use crate::output::{Output, Report, human_bytes};
-use crate::serving::{self, Status};
+use crate::serving::Status;
 use crate::space_used::{self, SpaceUsed};
 
 /// Show what a disk is
@@ -41,6 +43,10 @@ struct Whole<'a> {
     disk: &'a InfoReport,
     /// How full its file system is, or was when it was last unmounted; none when that is not known.
     file_system: Option<SpaceUsed>,
+    /// How the disk is served; none when it is not.
+    condition: Option<Condition>,
+    /// What the disks of its host's file system could still ask for.
+    host: Option<Promised>,
 }
 
 /// Size, cluster size and version, as the original prints them.
@@ -84,8 +90,19 @@ impl Report for Whole<'_> {
             (false, false) => "closed",
         };
         writeln!(out, "state:       {state}")?;
+        if let Some(condition) = &self.condition {
+            let explanation = condition.explanation();
+            let gap = if explanation.is_empty() { "" } else { ": " };
+            writeln!(out, "served:      {}{gap}{explanation}", condition.word.text())?;
+        }
         let taken = (human_bytes(disk.file_bytes), human_bytes(disk.host_bytes));
         writeln!(out, "files:       {} long, {} on the host", taken.0, taken.1)?;
+        if let Some(host) = &self.host {
+            let (free, bytes) = (human_bytes(host.free_bytes), human_bytes(host.bytes));
+            let disks = if host.disks == 1 { "1 disk".to_owned() } else { format!("{} disks", host.disks) };
+            let more = if host.bytes > host.free_bytes { ": more than there is" } else { "" };
+            writeln!(out, "host:        {free} free, {disks} could still ask for {bytes}{more}")?;
+        }
         writeln!(
             out,
             "clusters:    {} allocated, {} free inside",
@@ -128,6 +145,13 @@ fn names_files(path: &Path) -> bool {
     path.is_file() || path.join(DESCRIPTOR_NAME).is_file()
 }
 
+/// What could still be asked for where the disk's current image lies.
+fn host_of(report: &InfoReport, folder: Option<&Path>, runtime: Option<&Runtime>) -> Option<Promised> {
+    let image = report.images.iter().find(|image| image.current)?;
+    let own = report.disk_bytes.saturating_sub(image.allocated_clusters.saturating_mul(report.cluster_bytes));
+    Promised::on_the_host_of(&folder?.join(&image.file), Some(own), runtime)
+}
+
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let named = arguments.device.as_ref().unwrap_or(&arguments.disk);
     // Of a running disk its server knows more than the files: what is not in the table yet. Whether it runs is an
@@ -152,12 +176,16 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         }
         _ => named.clone(),
     };
+    let mut condition = None;
     let mut report = info(&InfoOptions { path: path.clone() })?;
-    if let (Ok(runtime), Some(state)) = (&runtime, &served)
-        && state.open.snapshot.is_none()
-        && let Ok(Status { space: Some(space), .. }) = serving::status_of(&runtime.entry(&state.id))
-    {
-        report = report.with_running_top(&space);
+    if let (Ok(runtime), Some(state)) = (&runtime, &served) {
+        let (found, status) = Condition::of(&runtime.entry(&state.id), state);
+        condition = Some(found);
+        if state.open.snapshot.is_none()
+            && let Some(Status { space: Some(space), .. }) = status
+        {
+            report = report.with_running_top(&space);
+        }
     }
     if arguments.size_only {
         return output.report(&Sizes {
@@ -169,5 +197,6 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let folder = if path.is_dir() { Some(path.as_path()) } else { path.parent() };
     let file_system =
         served.as_ref().and_then(space_used::of_served).or_else(|| SpaceUsed::remembered(folder?));
-    output.report(&Whole { disk: &report, file_system })
+    let host = host_of(&report, folder, runtime.as_ref().ok());
+    output.report(&Whole { disk: &report, file_system, condition, host })
 }

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use ploop_core::device::runtime::{self, Runtime, State};
 use serde::Serialize;
 
+use crate::condition::{Condition, Word};
 use crate::exit::Outcome;
 use crate::output::{Output, Report};
-use crate::serving;
 
 /// List the disks that are served
 ///
@@ -18,26 +18,19 @@ pub(crate) struct Arguments {
     /// Also show the processes, the state, and what works on the disk
     #[arg(short = 'a', long = "all")]
     all: bool,
-}
 
-/// How a disk is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Health {
-    /// Served.
-    Running,
-    /// About to be served, or a server is just succeeding another.
-    Starting,
-    /// A sync has failed: writes fail, reads go on.
-    Poisoned,
-    /// Nobody serves it any more.
-    Failed,
+    /// End with an exit code that says whether a disk is not well: 17 one is being mounted or taken over, 20 writes wait for
+    /// space on the host, 16 a sync has failed, 2 nobody serves it any more. The worst counts
+    #[arg(long)]
+    check: bool,
 }
 
 #[derive(Debug, Serialize)]
 struct Line {
     id: String,
-    health: Health,
+    /// The word of `condition`.
+    health: Word,
+    condition: Condition,
     device: Option<PathBuf>,
     disk: PathBuf,
     mount_points: Vec<PathBuf>,
@@ -70,9 +63,9 @@ impl Report for Lines {
             if let Some(component) = &line.component {
                 write!(out, " {component}")?;
             }
-            if self.all || line.health != Health::Running {
+            if self.all || line.health != Word::Running {
                 let id = |id: Option<u32>| id.map_or_else(|| "-".to_owned(), |id| id.to_string());
-                let health = format!("{:?}", line.health).to_lowercase();
+                let health = line.health.text();
                 write!(out, " [{health} keeper {} server {}", id(line.keeper), id(line.server))?;
                 if line.takeovers > 0 {
                     write!(out, " takeovers {}", line.takeovers)?;
@@ -82,8 +75,8 @@ impl Report for Lines {
                 }
                 write!(out, "]")?;
             }
-            if let Some(failure) = &line.failure {
-                write!(out, " {failure}")?;
+            if line.health != Word::Running {
+                write!(out, " {}", line.condition.explanation())?;
             }
             writeln!(out)?;
         }
@@ -99,7 +92,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         .into_iter()
         .map(|state| line(&runtime, state))
         .collect::<ploop_core::Result<Vec<_>>>()?;
-    output.report(&Lines { disks, all: arguments.all })
+    let worst = disks.iter().filter(|line| line.health != Word::Running).max_by_key(|line| line.health);
+    let error = worst.filter(|_| arguments.check).and_then(|line| line.condition.error(&line.disk));
+    output.report(&Lines { disks, all: arguments.all })?;
+    error.map_or(Ok(()), |error| Err(error.into()))
 }
 
 fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
@@ -107,18 +103,12 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         Some(device) => runtime::mount_points_of(device)?,
         None => Vec::new(),
     };
-    let (health, jobs) = if state.failure.is_some() || (!state.is_running() && state.keeper.is_some()) {
-        (Health::Failed, Vec::new())
-    } else {
-        match serving::status_of(&runtime.entry(&state.id)) {
-            Ok(status) if status.poisoned => (Health::Poisoned, status.jobs),
-            Ok(status) if status.ready => (Health::Running, status.jobs),
-            Ok(_) | Err(_) => (Health::Starting, Vec::new()),
-        }
-    };
+    let (condition, status) = Condition::of(&runtime.entry(&state.id), &state);
+    let jobs = status.map_or_else(Vec::new, |status| status.jobs);
     let top = state.images.last().map(|image| image.path.clone());
     Ok(Line {
-        health,
+        health: condition.word,
+        condition,
         disk: state.descriptor.map(|file| file.path).or(top).unwrap_or_default(),
         mount_points,
         component: state.component,

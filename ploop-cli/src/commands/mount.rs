@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::args;
 use crate::exit::Outcome;
+use crate::full_host;
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report};
 use crate::serving::{self, ServeOptions, Served};
@@ -78,6 +79,9 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     threads: u8,
 
+    #[command(flatten)]
+    on_full: full_host::Options,
+
     /// Serve also where the kernel refuses to protect the server against waiting for its own device when memory is
     /// short (no CAP_SYS_RESOURCE or CAP_IPC_LOCK): the machine may then stall. PLOOP_ALLOW_RECLAIM_STALL=1 in the
     /// environment says the same
@@ -138,6 +142,7 @@ impl Arguments {
             component: Some(component),
             whole_disk: false,
             threads: 1,
+            on_full: full_host::Options::default(),
             allow_reclaim_stall: false,
             disks: vec![disk],
         }
@@ -164,6 +169,10 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
         snapshot: arguments.snapshot.clone(),
     })?;
     let mount_point = arguments.mount_point.as_deref().map(check_mount_point).transpose()?;
+    // Beside the base image of a disk with a descriptor that is written to; a backup's own use of it says nothing about it.
+    let is_remembered = !read_only && arguments.component.is_none() && request.descriptor.is_some();
+    let folder = request.descriptor.as_deref().filter(|_| is_remembered).and_then(Path::parent);
+    let host_policy = arguments.on_full.policy(folder, output);
     let served = serving::start(
         request,
         &ServeOptions {
@@ -173,6 +182,7 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             whole_disk: arguments.whole_disk,
             component: arguments.component.clone(),
             without_device: false,
+            host_policy,
         },
     )?;
     match mount(&served, arguments, mount_point.as_deref(), read_only) {

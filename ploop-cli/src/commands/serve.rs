@@ -16,7 +16,7 @@ use ploop_core::device::fuse::keeper::{self, Mode, Protection};
 use ploop_core::device::fuse::server::{ServerOptions, Serving};
 use ploop_core::device::fuse::survivor::{FileIdentity, Legacy, Survivor};
 use ploop_core::device::fuse::sys::{self, FuseDevice};
-use ploop_core::device::runtime::{Entry, Failure, ImageFile};
+use ploop_core::device::runtime::{Entry, Failure, HostPolicy, ImageFile};
 use ploop_core::device::{Disk, DiskOptions};
 use ploop_core::format::Chain;
 use ploop_core::ops::{self, CompactOptions};
@@ -26,6 +26,7 @@ use serde_json::Value;
 use crate::commands::{compact, map, stat};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
+use crate::full_host::{self, WaitingStatus};
 use crate::job_service::{self, Cargo, Turns};
 use crate::open::{self, Manner};
 use crate::output::Output;
@@ -106,11 +107,18 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     let images = open::files_of(&chain)?;
     // A dead server may have put another file in its place and not come to say so.
     let descriptor = entry.state()?.open.descriptor.map(|path| ImageFile::at(&path)).transpose()?;
+    let policy = match arguments.mode {
+        // Nobody is left who could write: a keeper waits for the end, which must come.
+        Mode::Finish => HostPolicy::default(),
+        Mode::First | Mode::Takeover => entry.state()?.host_policy,
+    };
     let disk = Disk::open(
         chain,
         DiskOptions {
             read_only: entry.state()?.open.read_only,
             pending_log: Arc::clone(&survivor) as _,
+            on_full: policy.on_full(),
+            host_reserve_bytes: policy.reserve_bytes,
             ..DiskOptions::default()
         },
     )?;
@@ -129,6 +137,7 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     })?;
     survivor.set_ready()?;
     ready.store(true, Ordering::Release);
+    full_host::tell_log(&disk, *output)?;
     start_signal_thread(signals, entry.clone(), Arc::clone(&disk))?;
     output.note("serving");
     // A failure leaves everything to a successor: nothing is closed here.
@@ -240,6 +249,13 @@ fn handlers(
                 resize_service::serve(&turns, &entry, &disk, (connection, arguments, descriptors))
             }
         })
+        .with(full_host::GIVE_UP, {
+            let disk = Arc::clone(disk);
+            move |_, _, _| {
+                disk.give_up_waiting();
+                Ok(Value::Null)
+            }
+        })
         .with("stop", move |_, _, _| {
             unmount_exported(&stop_entry)?;
             stop_ending.wait().map(|()| Value::Null)
@@ -278,6 +294,8 @@ fn status(disk: &Disk, ready: bool, turns: &Turns) -> Result<Value> {
         allocated_clusters: disk.chain().allocated_clusters(),
         read_only: disk.is_read_only(),
         poisoned: disk.is_poisoned(),
+        poison: disk.check_poison().err().map(|error| Failure::of(&error).message),
+        waiting: WaitingStatus::of(disk),
         pending_entries: disk.chain().pending() as u64,
         ready,
         jobs: turns.names(),

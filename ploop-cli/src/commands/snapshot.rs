@@ -84,7 +84,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         if !freezes && arguments.sync {
             settle(state)?;
         }
-        let report = snapshot_service::ask_snapshot(state, entry, &request, freezes)?;
+        let report = snapshot_service::ask_snapshot(state, entry, &request, freezes, output)?;
         return output.report(&Made(report));
     }
     let job = Job::begin(output, None)?;

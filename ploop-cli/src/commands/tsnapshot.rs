@@ -107,7 +107,7 @@ fn make(target: &Target, snapshot: Guid, output: &Output) -> Result<()> {
         return ops::snapshot(&target.descriptor, &options, lock_timeout(), &job.meter()).map(drop);
     };
     let request = SnapshotRequest { snapshot: Some(snapshot.to_string()), temporary: true };
-    let made = snapshot_service::ask_snapshot(state, entry, &request, true)?;
+    let made = snapshot_service::ask_snapshot(state, entry, &request, true, output)?;
     for warning in made["warnings"].as_array().into_iter().flatten() {
         output.warn(warning.as_str().unwrap_or_default());
     }

@@ -9,6 +9,7 @@ use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::exit::Outcome;
+use crate::full_host::SpaceWatch;
 use crate::output::{Output, Report};
 use crate::serving::{self, Served};
 use crate::{open, space_used};
@@ -20,7 +21,8 @@ use crate::{open, space_used};
 #[derive(Debug, clap::Args)]
 #[command(
     group(clap::ArgGroup::new("which").args(["device", "mount_point", "disk"]).required(true)),
-    after_help = "Exit codes: 40 the disk is not mounted; 46 it is in use and stays; others tell that a server had failed \
+    after_help = "Exit codes: 40 the disk is not mounted; 46 it is in use and stays, also when \
+                  writes wait for space on a full host; others tell that a server had failed \
                   and what was left of it is cleared now."
 )]
 pub(crate) struct Arguments {
@@ -35,6 +37,10 @@ pub(crate) struct Arguments {
     /// The use of the disk that was mounted with this name
     #[arg(short = 'c', long = "component", value_name = "COMPONENT", requires = "disk", value_parser = super::mount::component)]
     component: Option<String>,
+
+    /// Let writes fail that wait for space on a full host: what they would have written is lost
+    #[arg(long)]
+    give_up_waiting: bool,
 
     /// Device, mount point, DiskDescriptor.xml, its folder, or an image file
     #[arg(value_name = "DISK")]
@@ -90,6 +96,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         };
         Error::new(ErrorKind::NotMounted, message).at_path(name).advise("`ploop list` shows what is mounted")
     })?;
+    let entry = runtime.entry(&state.id);
+    let watch = SpaceWatch::begin(&entry, name, "the umount", arguments.give_up_waiting, *output)
+        .map_err(|error| error.with_kind(ErrorKind::UnmountBusy))?;
     if let Some(folder) = space_used::record_folder(&state)
         && let Some(used) = space_used::of_served(&state)
         && let Err(cause) = used.remember(&folder)
@@ -99,8 +108,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     if let Some(device) = &state.loop_device {
         serving::unmount_all(device)?;
     }
-    let served = Served { entry: runtime.entry(&state.id), state };
+    let served = Served { entry, state };
     serving::end(&served)?;
+    drop(watch);
     if let Err(error) = delete_temporary(&runtime, &served.state, output) {
         output.warn("the temporary snapshot stays, and goes with the next command that deletes a snapshot:");
         output.error(&error);

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod death;
+mod full_host;
 mod ground;
 mod guests;
 mod killed;

@@ -189,7 +189,12 @@ pub struct State {
     /// Who uses the disk, where several use the same images: a name for `umount`.
     #[serde(default)]
     pub component: Option<String>,
+    /// What becomes of writes for which the host has no space.
+    #[serde(default)]
+    pub host_policy: HostPolicy,
 }
+
+pub use super::full_host::HostPolicy;
 
 impl State {
     /// A record of a disk that is about to be served.
@@ -209,6 +214,7 @@ impl State {
             takeovers: 0,
             failure: None,
             component: None,
+            host_policy: HostPolicy::default(),
         }
     }
 
