@@ -138,6 +138,10 @@ fn start_in(entry: &Entry, options: &ServeOptions) -> Result<State> {
         ..AttachOptions::default()
     };
     let device = loop_device::attach(&file, options.device.as_deref(), &attach)?;
+    if options.host_policy.waits && !read_only {
+        // A convenience: without it, very many waiting writes keep reads waiting.
+        loop_device::keep_requests_for_reads(&device);
+    }
     entry
         .update(|state| {
             state.loop_device = Some(device.clone());
