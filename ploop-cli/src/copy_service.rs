@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::job_service::{Cargo, Turns};
-use crate::{freeze_service, leash, open};
+use crate::{freeze_service, full_host, leash, open};
 
 /// The verb of the control socket.
 pub(crate) const VERB: &str = "copy";
@@ -196,6 +196,7 @@ impl CopyService {
             return Err(Error::new(ErrorKind::Parameter, "a copy came with other descriptors than it needs")
                 .advise("the command and the server of the disk are of different versions: use that of the server, or mount again"));
         };
+        full_host::refuse_while_waiting(&self.disk)?;
         let cancel = Cancel::new()?;
         // First, so that it is let go whatever fails.
         let mut quiesce = freeze_service::attend(&self.entry, request.helper.zip(helper), Some(&cancel));

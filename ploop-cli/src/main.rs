@@ -5,12 +5,14 @@
 
 mod args;
 mod commands;
+mod condition;
 mod copy_ends;
 mod copy_service;
 mod disk_bytes;
 mod exit;
 mod file_system;
 mod freeze_service;
+mod full_host;
 mod guarding;
 mod inner_size;
 mod job_service;

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use ploop_core::device::control::Connection;
 use ploop_core::device::fuse::sys;
 use ploop_core::device::loop_device::{self, AttachOptions};
-use ploop_core::device::runtime::{Entry, ImageFile, OpenRequest, PartitionRange, Runtime, State};
+use ploop_core::device::runtime::{
+    Entry, HostPolicy, ImageFile, OpenRequest, PartitionRange, Runtime, State,
+};
 use ploop_core::format::{InUse, Probe, probe};
 use ploop_core::io::Access;
 use ploop_core::io::file::{FileStorage, OpenOptions as FileOptions};
@@ -20,6 +22,7 @@ use ploop_server::holders::unmount_copies;
 use serde::{Deserialize, Serialize};
 
 use crate::disk_bytes::ShownDisk;
+use crate::full_host::WaitingStatus;
 use crate::partition_table::{self, Partition};
 use crate::{guarding, open};
 
@@ -53,6 +56,9 @@ pub(crate) struct ServeOptions {
     pub(crate) component: Option<String>,
     /// The exported file alone, no loop device.
     pub(crate) without_device: bool,
+    /// What becomes of writes for which the host has no space. By default they fail: the command that works on the disk
+    /// then says so, instead of waiting unseen.
+    pub(crate) host_policy: HostPolicy,
 }
 
 /// What a server says of itself.
@@ -68,6 +74,12 @@ pub(crate) struct Status {
     pub(crate) read_only: bool,
     /// Whether a sync has failed.
     pub(crate) poisoned: bool,
+    /// How.
+    #[serde(default)]
+    pub(crate) poison: Option<String>,
+    /// Writes that wait for space on the host.
+    #[serde(default)]
+    pub(crate) waiting: Option<WaitingStatus>,
     /// Entries not yet in the table on disk.
     pub(crate) pending_entries: u64,
     /// Whether requests are answered and the keeper knows it, so that a successor may follow.
@@ -135,8 +147,11 @@ pub(crate) fn start(request: OpenRequest, options: &ServeOptions) -> Result<Serv
     runtime.sweep()?;
     let (descriptor, images) = open::files(&request)?;
     let id = new_id();
-    let state =
-        State { component: options.component.clone(), ..State::new(id.clone(), request, descriptor, images) };
+    let state = State {
+        component: options.component.clone(),
+        host_policy: options.host_policy,
+        ..State::new(id.clone(), request, descriptor, images)
+    };
     let entry = runtime.create(&id, &state)?;
     let result = start_in(&entry, options);
     match result {
@@ -169,6 +184,10 @@ fn start_in(entry: &Entry, options: &ServeOptions) -> Result<State> {
         ..AttachOptions::default()
     };
     let device = loop_device::attach(&file, options.device.as_deref(), &attach)?;
+    if options.host_policy.waits && !read_only {
+        // A convenience: without it, very many waiting writes keep reads waiting.
+        loop_device::keep_requests_for_reads(&device);
+    }
     entry
         .update(|state| {
             state.loop_device = Some(device.clone());

@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::freeze_service;
+use crate::full_host::SpaceWatch;
 use crate::job_service::{self, Company, Turns};
 use crate::open;
 use crate::output::Output;
@@ -256,6 +257,10 @@ pub(crate) fn ask_snapshot(
     allowed: Allowed,
     output: &Output,
 ) -> Result<Value> {
+    let path = state.descriptor.as_ref().map_or_else(|| entry.path(), |file| &file.path);
+    let _watch = (!allowed.no_freeze)
+        .then(|| SpaceWatch::begin(entry, path, "the snapshot", false, output.clone()))
+        .transpose()?;
     let (options, claim) = Standing::find(Some(state), allowed)?.split();
     let helper = freeze_service::start(options, Some((state, entry)), &[])?;
     request.writing =

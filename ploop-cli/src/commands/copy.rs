@@ -31,6 +31,7 @@ use crate::commands::init::{Format, ImageVersion};
 use crate::copy_ends::Ends;
 use crate::copy_service::{CHAIN_VERB, CopyRequest, Freight, VERB, Wishes, descriptor_of_all, to_value};
 use crate::exit::Outcome;
+use crate::full_host::SpaceWatch;
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report, complain, human_bytes};
 use crate::progress::Progress;
@@ -380,6 +381,10 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
     let from = Origin::find(source)?;
     from.warn(output);
     let progress = Progress::new(output);
+    let _watch = match &from {
+        Origin::Served(_, entry) => Some(SpaceWatch::begin(entry, source, "the copy", false, *output)?),
+        Origin::Closed(_) => None,
+    };
     let (link, peer) = match (target, &arguments.to) {
         (Some(target), _) => {
             let command = &mut receiver_command(arguments, target);

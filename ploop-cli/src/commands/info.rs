@@ -11,13 +11,14 @@ use ploop_core::units::SECTOR_BYTES;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
+use crate::condition::{Condition, Word};
 use crate::disk_bytes::ShownDisk;
 use crate::exit::Outcome;
+use crate::full_host::Promised;
 use crate::open::{self, Wanted, followed};
 use crate::output::{Output, Report, human_bytes};
 use crate::partition_table::{self, Table};
 use crate::resize_plan::Closed;
-use crate::serving;
 use crate::space_used::{self, SpaceUsed};
 
 /// Show what a disk is
@@ -52,6 +53,10 @@ struct Whole<'a> {
     file_system: Option<SpaceUsed>,
     /// The partitions; none where there is no table, or where it could not be read.
     partition_table: Option<Table>,
+    /// How the disk is served; none when it is not.
+    condition: Option<Condition>,
+    /// What the disks of its host's file system could still ask for.
+    host: Option<Promised>,
 }
 
 /// Size, cluster size and version, as the original prints them.
@@ -105,8 +110,19 @@ impl Report for Whole<'_> {
             (false, false) => "closed",
         };
         writeln!(out, "state:       {state}")?;
+        if let Some(condition) = &self.condition {
+            let explanation = condition.explanation();
+            let gap = if explanation.is_empty() { "" } else { ": " };
+            writeln!(out, "served:      {}{gap}{explanation}", condition.word.text())?;
+        }
         let taken = (human_bytes(disk.file_bytes), human_bytes(disk.host_bytes));
         writeln!(out, "files:       {} long, {} on the host", taken.0, taken.1)?;
+        if let Some(host) = &self.host {
+            let (free, bytes) = (human_bytes(host.free_bytes), human_bytes(host.bytes));
+            let disks = if host.disks == 1 { "1 disk".to_owned() } else { format!("{} disks", host.disks) };
+            let more = if host.bytes > host.free_bytes { ": more than there is" } else { "" };
+            writeln!(out, "host:        {free} free, {disks} could still ask for {bytes}{more}")?;
+        }
         writeln!(
             out,
             "clusters:    {} allocated, {} free inside",
@@ -165,6 +181,13 @@ fn names_files(path: &Path) -> bool {
     path.is_file() || path.join(DESCRIPTOR_NAME).is_file()
 }
 
+/// What could still be asked for where the disk's current image lies.
+fn host_of(report: &InfoReport, folder: Option<&Path>, runtime: Option<&Runtime>) -> Option<Promised> {
+    let image = report.images.iter().find(|image| image.current)?;
+    let own = report.disk_bytes.saturating_sub(image.allocated_clusters.saturating_mul(report.cluster_bytes));
+    Promised::on_the_host_of(&folder?.join(&image.file), Some(own), runtime)
+}
+
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let named = &followed(arguments.device.as_ref().unwrap_or(&arguments.disk))?;
     // Of a running disk its server knows more than the files: what is not in the table yet. Whether it runs is an
@@ -190,16 +213,21 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         _ => named.clone(),
     };
     let parents = arguments.parents.clone();
+    let mut condition = None;
     let mut report = info(&InfoOptions { path: path.clone(), parents })?;
     report.warnings.iter().for_each(|text| output.warn(text));
-    if let (Ok(runtime), Some(state)) = (&runtime, &served)
-        && let Ok(status) = serving::status_of(&runtime.entry(&state.id))
-    {
-        status.warnings.iter().for_each(|text| output.warn(text));
-        if serving::is_unguarded(state, &status) {
-            output.warn(serving::UNGUARDED);
+    if let (Ok(runtime), Some(state)) = (&runtime, &served) {
+        let (found, status) = Condition::of(&runtime.entry(&state.id), state);
+        if found.word == Word::Unguarded {
+            output.warn(&found.explanation());
         }
-        if let Some(space) = status.space.filter(|_| state.open.snapshot.is_none()) {
+        condition = Some(found);
+        let status = status.into_iter().inspect(|status| {
+            status.warnings.iter().for_each(|text| output.warn(text));
+        });
+        if let Some(space) =
+            status.last().and_then(|status| status.space).filter(|_| state.open.snapshot.is_none())
+        {
             report = report.with_running_top(&space);
         }
     }
@@ -218,7 +246,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         true => partitions(&runtime, served.as_ref(), &path),
         false => None,
     };
-    output.report(&Whole { disk: &report, file_system, partition_table })
+    let host = host_of(&report, folder, runtime.as_ref().ok());
+    output.report(&Whole { disk: &report, file_system, partition_table, condition, host })
 }
 
 /// The partitions of a disk that can be read. An extra: what is wrong with the disk is for others to say.

@@ -10,9 +10,9 @@ use ploop_core::error::shown;
 use ploop_server::holders::{Holders, Mounted, OtherUse};
 use serde::Serialize;
 
+use crate::condition::{Condition, Word, utc};
 use crate::exit::Outcome;
 use crate::output::{Output, Report};
-use crate::serving;
 
 /// List the disks that are served
 ///
@@ -22,24 +22,12 @@ pub(crate) struct Arguments {
     /// Also show the processes, the state, and what works on the disk
     #[arg(short = 'a', long = "all")]
     all: bool,
-}
 
-/// How a disk is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Health {
-    /// Served.
-    Running,
-    /// Served, and nobody would succeed the server: its keeper is dead.
-    Unguarded,
-    /// The server gives no sign of life.
-    Hanging,
-    /// About to be served, or a server is just succeeding another.
-    Starting,
-    /// A sync has failed: writes fail, reads go on.
-    Poisoned,
-    /// Nobody serves it any more.
-    Failed,
+    /// End with an exit code that says whether a disk is not well: 17 one is being mounted or taken over, 20 writes wait for
+    /// space on the host, 12 its keeper is dead, 16 a sync has failed, 2 nobody serves it any more or its server hangs. The
+    /// worst counts
+    #[arg(long)]
+    check: bool,
 }
 
 /// A user of the device.
@@ -81,7 +69,9 @@ impl Use {
 #[derive(Debug, Serialize)]
 struct Line {
     id: String,
-    health: Health,
+    /// The word of `condition`.
+    health: Word,
+    condition: Condition,
     device: Option<PathBuf>,
     disk: PathBuf,
     /// Those that can be reached here.
@@ -127,9 +117,9 @@ impl Report for Lines {
             if let Some(component) = &line.component {
                 write!(out, " {component}")?;
             }
-            if self.all || line.health != Health::Running {
+            if self.all || line.health != Word::Running {
                 let id = |id: Option<u32>| id.map_or_else(|| "-".to_owned(), |id| id.to_string());
-                let health = format!("{:?}", line.health).to_lowercase();
+                let health = line.health.text();
                 write!(out, " [{health} keeper {} server {}", id(line.keeper), id(line.server))?;
                 if line.takeovers > 0 {
                     write!(out, " takeovers {}", line.takeovers)?;
@@ -141,14 +131,14 @@ impl Report for Lines {
             }
             if let Some(since) = line.frozen_since_ms {
                 let seconds = now_ms().saturating_sub(since) / 1000;
-                write!(out, " [frozen since {} ({seconds} s)", utc(since))?;
+                write!(out, " [frozen since {} ({seconds} s)", utc(since / 1000))?;
                 if let Some(failure) = &line.thaw_failure {
                     write!(out, ", the thaw failed: {failure}; free it with: ploop thaw {}", line.id)?;
                 }
                 write!(out, "]")?;
             }
-            if let Some(failure) = &line.failure {
-                write!(out, " {failure}")?;
+            if line.health != Word::Running {
+                write!(out, " {}", line.condition.explanation())?;
             }
             writeln!(out)?;
             for warning in &line.warnings {
@@ -167,24 +157,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         .into_iter()
         .map(|state| line(&runtime, state))
         .collect::<ploop_core::Result<Vec<_>>>()?;
-    output.report(&Lines { disks, all: arguments.all })
-}
-
-/// A moment, in milliseconds since 1970, as UTC for people.
-fn utc(moment_ms: u64) -> String {
-    let seconds = moment_ms / 1000;
-    let (days, in_day) = (seconds / 86_400, seconds % 86_400);
-    // Days since 0000-03-01, so that the leap day is the last of its year; eras of 400 years.
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second) = (in_day / 3600, in_day / 60 % 60, in_day % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    let worst = disks.iter().filter(|line| line.health != Word::Running).max_by_key(|line| line.health);
+    let error = worst.filter(|_| arguments.check).and_then(|line| line.condition.error(&line.disk));
+    output.report(&Lines { disks, all: arguments.all })?;
+    error.map_or(Ok(()), |error| Err(error.into()))
 }
 
 fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
@@ -192,29 +168,8 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
     let here = holders.mounts.iter().filter(|mounted| mounted.namespace.is_here);
     let mount_points = here.map(|mounted| mounted.mount.point.to_string_lossy().into_owned()).collect();
     let users = holders.mounts.iter().map(Use::of).chain(holders.others.iter().map(Use::other));
-    let has_keeper = state.keeper.is_some_and(|keeper| keeper.is_running());
-    let mut warnings = Vec::new();
-    let (health, jobs) = if state.failure.is_some() || (!state.is_running() && state.keeper.is_some()) {
-        (Health::Failed, Vec::new())
-    } else if let Some(trouble) = state.trouble.as_ref().filter(|_| has_keeper) {
-        // A server that hangs is not asked.
-        warnings.push(trouble.clone());
-        (Health::Hanging, Vec::new())
-    } else {
-        match serving::status_of(&runtime.entry(&state.id)) {
-            Ok(status) if status.poisoned => (Health::Poisoned, status.jobs),
-            Ok(status) if status.ready && serving::is_unguarded(&state, &status) => {
-                warnings.push(serving::UNGUARDED.to_owned());
-                warnings.extend(status.warnings);
-                (Health::Unguarded, status.jobs)
-            }
-            Ok(status) if status.ready => {
-                warnings.extend(status.warnings);
-                (Health::Running, status.jobs)
-            }
-            Ok(_) | Err(_) => (Health::Starting, Vec::new()),
-        }
-    };
+    let (condition, status) = Condition::of(&runtime.entry(&state.id), &state);
+    let (jobs, warnings) = status.map(|status| (status.jobs, status.warnings)).unwrap_or_default();
     // A record that cannot be read is one, and says that the disk stands.
     let frozen = FreezeRecord::read(&runtime.entry(&state.id).frozen_file());
     let (frozen_since_ms, thaw_failure) = match frozen {
@@ -224,7 +179,8 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
     };
     let top = state.images.last().map(|image| image.path.clone());
     Ok(Line {
-        health,
+        health: condition.word,
+        condition,
         disk: state.descriptor.map(|file| file.path).or(top).unwrap_or_default(),
         mount_points,
         used_by: users.collect(),

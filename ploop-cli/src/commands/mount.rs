@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::args;
 use crate::disk_bytes::ShownDisk;
 use crate::exit::Outcome;
+use crate::full_host;
 use crate::open::{self, Wanted};
 use crate::output::{Output, Report};
 use crate::partition_table;
@@ -86,6 +87,9 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     threads: u8,
 
+    #[command(flatten)]
+    on_full: full_host::Options,
+
     /// Serve also where the kernel refuses to protect the server against waiting for its own device when memory is
     /// short (no CAP_SYS_RESOURCE or CAP_IPC_LOCK): the machine may then stall. PLOOP_ALLOW_RECLAIM_STALL=1 in the
     /// environment says the same
@@ -151,6 +155,7 @@ impl Arguments {
             partition: None,
             whole_disk: false,
             threads: 1,
+            on_full: full_host::Options::default(),
             allow_reclaim_stall: false,
             parents: Vec::new(),
             disks: vec![disk],
@@ -188,6 +193,10 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
     }
     open::oddities_of(&request)?.1.iter().for_each(|text| output.warn(text));
     let mount_point = arguments.mount_point.as_deref().map(check_mount_point).transpose()?;
+    // Beside the base image of a disk with a descriptor that is written to; a backup's own use of it says nothing about it.
+    let is_remembered = !read_only && arguments.component.is_none() && request.descriptor.is_some();
+    let folder = request.descriptor.as_deref().filter(|_| is_remembered).and_then(Path::parent);
+    let host_policy = arguments.on_full.policy(folder, output);
     let served = serving::start(
         request,
         &ServeOptions {
@@ -198,6 +207,7 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             partition: arguments.partition.clone(),
             component: arguments.component.clone(),
             without_device: false,
+            host_policy,
         },
     )?;
     if arguments.partition.is_none() {

@@ -18,7 +18,7 @@ use ploop_core::device::fuse::keeper::{self, Mode, Protection};
 use ploop_core::device::fuse::server::{ServerOptions, Serving};
 use ploop_core::device::fuse::survivor::{FileIdentity, Legacy, Survivor};
 use ploop_core::device::fuse::sys::{self, FuseDevice};
-use ploop_core::device::runtime::{Entry, Failure, OpenRequest};
+use ploop_core::device::runtime::{Entry, Failure, HostPolicy, OpenRequest};
 use ploop_core::device::{Disk, DiskOptions};
 use ploop_core::format::{Chain, DESCRIPTOR_NAME};
 use ploop_core::io::file::DirectoryFolder;
@@ -30,6 +30,7 @@ use crate::commands::{compact, map, stat};
 use crate::copy_service::{self, CopyService};
 use crate::exit::Outcome;
 use crate::freeze_service;
+use crate::full_host::{self, WaitingStatus};
 use crate::guarding::{self, Guarded};
 use crate::job_service::{self, Cargo, Turns};
 use crate::names::{self, Names};
@@ -123,11 +124,18 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         Mode::First => begin(entry, keeper, &survivor, output)?,
         Mode::Takeover | Mode::Finish => succeed(entry, arguments.mode, keeper, &survivor, output)?,
     };
+    let policy = match arguments.mode {
+        // Nobody is left who could write: a keeper waits for the end, which must come.
+        Mode::Finish => HostPolicy::default(),
+        Mode::First | Mode::Takeover => entry.state()?.host_policy,
+    };
     let disk = Disk::open(
         chain,
         DiskOptions {
             read_only: request.read_only,
             pending_log: Arc::clone(&survivor) as _,
+            on_full: policy.on_full(),
+            host_reserve_bytes: policy.reserve_bytes,
             ..DiskOptions::default()
         },
     )?;
@@ -181,6 +189,7 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         output: output.clone(),
     }
     .start()?;
+    full_host::tell_log(&disk, output.clone())?;
     start_signal_thread(signals, entry.clone(), Arc::clone(&health))?;
     // Behind the last request of the start: a thaw waits for an answer of this very server.
     freeze_service::thaw_left(entry)?;
@@ -428,6 +437,13 @@ fn handlers(
                 resize_service::serve(&turns, &entry, &disk, (connection, arguments, descriptors))
             }
         })
+        .with(full_host::GIVE_UP, {
+            let disk = Arc::clone(disk);
+            move |_, _, _| {
+                disk.give_up_waiting();
+                Ok(Value::Null)
+            }
+        })
         .with("stop", move |_, _, _| {
             unmount_exported(&stop_entry)?;
             stop_ending.wait().map(|()| Value::Null)
@@ -470,6 +486,8 @@ fn status(health: &Health) -> Result<Value> {
         allocated_clusters: disk.chain().allocated_clusters(),
         read_only: disk.is_read_only(),
         poisoned: disk.is_poisoned(),
+        poison: disk.check_poison().err().map(|error| Failure::of(&error).message),
+        waiting: WaitingStatus::of(disk),
         pending_entries: disk.chain().pending() as u64,
         ready: health.ready.load(Ordering::Acquire),
         jobs,

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::exit::Outcome;
 use crate::freeze_service;
+use crate::full_host::SpaceWatch;
 use crate::output::{Output, Report};
 use crate::serving::{self, Served};
 use crate::{open, space_used};
@@ -22,7 +23,8 @@ use crate::{open, space_used};
 #[derive(Debug, clap::Args)]
 #[command(
     group(clap::ArgGroup::new("which").args(["device", "mount_point", "disk"]).required(true)),
-    after_help = "Exit codes: 40 the disk is not mounted; 46 it is in use and stays; others tell that a server had failed \
+    after_help = "Exit codes: 40 the disk is not mounted; 46 it is in use and stays, also when \
+                  writes wait for space on a full host; others tell that a server had failed \
                   and what was left of it is cleared now."
 )]
 pub(crate) struct Arguments {
@@ -41,6 +43,9 @@ pub(crate) struct Arguments {
     /// Also a disk whose image was removed or replaced while it was mounted: everything in it is gone then
     #[arg(long)]
     discard: bool,
+    /// Let writes fail that wait for space on a full host: what they would have written is lost
+    #[arg(long)]
+    give_up_waiting: bool,
 
     /// Device, mount point, DiskDescriptor.xml, its folder, or an image file
     #[arg(value_name = "DISK")]
@@ -122,6 +127,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         Error::new(ErrorKind::NotMounted, message).at_path(name).advise("`ploop list` shows what is mounted")
     })?;
     refuse_to_lose(&runtime, &state, arguments.discard, output)?;
+    let entry = runtime.entry(&state.id);
+    let watch = SpaceWatch::begin(&entry, name, "the umount", arguments.give_up_waiting, *output)
+        .map_err(|error| error.with_kind(ErrorKind::UnmountBusy))?;
     if let Some(folder) = space_used::record_folder(&state)
         && open::check_names(&state).is_ok()
         && let Some(used) = space_used::of_served(&state)
@@ -134,8 +142,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     if let Some(device) = &state.loop_device {
         unmount_all(device)?;
     }
-    let served = Served { entry: runtime.entry(&state.id), state };
+    let served = Served { entry, state };
     serving::end(&served)?;
+    drop(watch);
     if let Err(error) = delete_temporary(&runtime, &served.state, output) {
         output.warn("the temporary snapshot stays, and goes with the next command that deletes a snapshot:");
         output.error(&error);

@@ -313,6 +313,11 @@ impl Direct {
         Self(file.unwrap_or_else(|error| panic!("{}: {error}", device.display())))
     }
 
+    /// The same for another thread.
+    pub(crate) fn another(&self) -> Self {
+        Self(self.0.try_clone().expect("one more descriptor"))
+    }
+
     /// Writes `len` bytes that say where they are and in which `round` they were written.
     pub(crate) fn write(&self, offset: u64, len: usize, round: u64) -> std::io::Result<()> {
         let mut buffer = IoBuf::try_zeroed(len)?;

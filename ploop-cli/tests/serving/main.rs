@@ -4,6 +4,7 @@
 
 mod death;
 mod freezing;
+mod full_host;
 mod ground;
 mod guests;
 mod holders;

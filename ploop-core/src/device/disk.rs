@@ -418,6 +418,21 @@ impl Disk {
         self.full_host.waiting(self.cluster_bytes)
     }
 
+    /// What the host's file system is to keep free, in bytes.
+    pub fn host_reserve_bytes(&self) -> u64 {
+        self.options.host_reserve_bytes
+    }
+
+    /// Whether it was closed, or is about to be.
+    pub fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::SeqCst)
+    }
+
+    /// Why the disk takes no more changes; `Ok` when it does.
+    pub fn check_poison(&self) -> Result<()> {
+        self.flusher.poison().check()
+    }
+
     /// Sleeps until writes begin or cease to wait for space, or for `patience`. `seen` is what the last call returned, 0
     /// at first.
     pub fn wait_for_news_of_space(&self, seen: u64, patience: Duration) -> u64 {

@@ -33,6 +33,30 @@ pub enum OnFull {
     },
 }
 
+/// The policy of a disk as it is recorded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct HostPolicy {
+    /// Whether writes that need space wait for it; else they fail.
+    pub waits: bool,
+    /// For how many seconds nothing may find space before all that waits fails; `None`: as long as it takes.
+    #[serde(default)]
+    pub timeout_s: Option<u64>,
+    /// Bytes of the host's file system that the image leaves free when it grows.
+    #[serde(default)]
+    pub reserve_bytes: u64,
+}
+
+impl HostPolicy {
+    /// For [`DiskOptions`](super::DiskOptions).
+    pub fn on_full(&self) -> OnFull {
+        if self.waits {
+            OnFull::Wait { timeout: self.timeout_s.map(Duration::from_secs) }
+        } else {
+            OnFull::Error
+        }
+    }
+}
+
 /// What waits for space now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Waiting {

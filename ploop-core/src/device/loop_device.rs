@@ -76,6 +76,19 @@ pub fn attach(file: &Path, wanted: Option<&Path>, options: &AttachOptions) -> Re
     Ok(path)
 }
 
+/// Keeps a quarter of the device's requests for reads, so that writes that are not answered for a long time do not take all of
+/// them. Only a scheduler can do that. Whether it could be done.
+pub fn keep_requests_for_reads(device: &Path) -> bool {
+    let Some(name) = device.file_name() else { return false };
+    let queue = Path::new("/sys/block").join(name).join("queue");
+    // What the driver can take at a time: with a scheduler, `nr_requests` says what that can.
+    let requests =
+        fs::read_to_string(queue.join("nr_requests")).ok().and_then(|text| text.trim().parse::<u32>().ok());
+    let Some(requests) = requests.filter(|&requests| requests >= 4) else { return false };
+    fs::write(queue.join("scheduler"), "mq-deadline").is_ok()
+        && fs::write(queue.join("iosched/async_depth"), (requests - requests / 4).to_string()).is_ok()
+}
+
 fn configure(node: &File, device: &Path, backing: &File, setup: &LoopSetup) -> Result<()> {
     sys::configure_loop(node, backing, setup).map_err(|cause| {
         let kind = if is_busy(&cause) { ErrorKind::InUse } else { ErrorKind::DeviceCommand };

@@ -209,7 +209,12 @@ pub struct State {
     /// What the keeper knows and the server cannot tell: that it does not run, or why no successor serves yet.
     #[serde(default)]
     pub trouble: Option<String>,
+    /// What becomes of writes for which the host has no space.
+    #[serde(default)]
+    pub host_policy: HostPolicy,
 }
+
+pub use super::full_host::HostPolicy;
 
 impl State {
     /// A record of a disk that is about to be served.
@@ -231,6 +236,7 @@ impl State {
             failure: None,
             component: None,
             trouble: None,
+            host_policy: HostPolicy::default(),
         }
     }
 

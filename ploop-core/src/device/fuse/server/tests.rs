@@ -11,7 +11,7 @@ use super::*;
 use crate::device::{DiskOptions, OnFull};
 use crate::format::{Chain, ChainOptions, CreateOptions, Geometry, Source, Version, create_image};
 use crate::io::file::{Caching, FileStorage};
-use crate::io::sim::SimDisk;
+use crate::io::sim::{Call, Fault, SimDisk};
 use crate::io::{Access, Storage};
 use crate::units::Sectors;
 
@@ -450,4 +450,42 @@ fn a_server_that_is_stopped_leaves_what_waits_to_its_successor() {
     serving.wait().unwrap();
     assert_eq!(kernel.disk.waiting(), None);
     kernel.disk.close().unwrap();
+}
+
+#[test]
+fn a_used_up_quota_is_waited_for_like_space() {
+    let (kernel, host) = on_a_full_host(&ServerOptions::default(), OnFull::Wait { timeout: None });
+    host.set_capacity(None);
+    host.inject(Fault::once(Call::Allocate, libc::EDQUOT).for_ever());
+    let cluster = fill_up(&kernel, 1);
+    assert_eq!(kernel.disk.waiting().unwrap().errno, libc::EDQUOT);
+    host.heal();
+    assert_eq!((kernel.receive().unique, kernel.disk.waiting()), (1000 + cluster, None));
+}
+
+/// On hosts that copy on write, or when another program made the table sparse, the table needs space as well: a failed
+/// write of it would end all writing.
+#[test]
+fn a_table_that_finds_no_space_keeps_flushes_waiting_and_nothing_else() {
+    let (kernel, host) = on_a_full_host(&ServerOptions::default(), OnFull::Wait { timeout: None });
+    host.set_capacity(None);
+    assert_eq!(kernel.write(CLUSTER, &[3; 4096]).0, 0);
+    host.inject(Fault::once(Call::Write, libc::ENOSPC).for_ever());
+    kernel.send(5, 20, &[0; 16], &[]);
+    while kernel.disk.waiting().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let state = kernel.disk.waiting().unwrap();
+    assert!(state.table && state.writes == 0, "{state:?}");
+    assert_eq!(kernel.read(CLUSTER, 4096), (0, vec![3; 4096]));
+    // Who replaces the chain would wait for it with the gate shut.
+    let frozen = kernel.disk.freeze(std::time::Duration::from_secs(60)).unwrap();
+    let error = frozen.replace_chain(|chain| Ok(Arc::clone(chain))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Allocate, "{error}");
+    drop(frozen);
+    assert!(!kernel.disk.is_poisoned());
+    host.heal();
+    let reply = kernel.receive();
+    assert_eq!((reply.unique, reply.errno, kernel.disk.waiting()), (5, 0, None));
+    assert!(!kernel.disk.is_poisoned());
 }
