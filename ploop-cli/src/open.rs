@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ploop_core::device::fuse::survivor::FileIdentity;
 use ploop_core::device::runtime::{ImageFile, OpenRequest};
 pub(crate) use ploop_core::format::DESCRIPTOR_NAME;
+use ploop_core::format::agreement::Accepted;
 use ploop_core::format::{Chain, DiskDescriptor, Guid};
 use ploop_core::io::Access;
 use ploop_core::io::file::DirectoryFolder;
@@ -36,6 +37,8 @@ pub(crate) struct Wanted {
     pub(crate) cluster_sectors: Option<u64>,
     /// The snapshot to open instead of the top.
     pub(crate) snapshot: Option<String>,
+    /// Contradictions between descriptor and images that are taken as they are.
+    pub(crate) accepted: Accepted,
 }
 
 /// How to go about a chain.
@@ -77,6 +80,7 @@ pub(crate) fn resolve(wanted: &Wanted) -> Result<OpenRequest> {
         raw_base: wanted.raw_base,
         cluster_sectors: wanted.cluster_sectors,
         read_only: wanted.read_only,
+        accepted: wanted.accepted,
         ..OpenRequest::default()
     };
     let paths = wanted.disks.iter().map(|path| absolute(path)).collect::<Result<Vec<_>>>()?;
@@ -195,6 +199,8 @@ pub(crate) fn open(request: &OpenRequest, manner: Manner) -> Result<Opened> {
         snapshot,
         raw_cluster: raw_cluster_of(request),
         accept_in_use: manner.is_successor,
+        // A guest may have written anything since the disk was opened first.
+        accepted: if manner.is_successor { Accepted::ALL } else { request.accepted },
         block_device: request.descriptor.is_none(),
         ..OpenOptions::new("", access)
     };

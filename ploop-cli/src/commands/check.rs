@@ -263,6 +263,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         repair: arguments.repair || arguments.hard_force,
         fill_holes: arguments.fill_holes,
         raw_cluster: arguments.raw.then_some(cluster),
+        raw_disk: None,
         lock_timeout: lock_timeout(),
     };
     if arguments.raw && is_bundle {

@@ -496,6 +496,10 @@ fn send_closed(
 ) -> Result<Value> {
     let descriptor = is_chain.then(|| descriptor_of_all(request)).transpose()?;
     let opened = open::open(request, Manner::default())?;
+    // The receiver would call what it has complete.
+    if let Some(found) = opened.report.disagreements.first() {
+        return Err(found.failure());
+    }
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let disk = Disk::open(Arc::clone(&opened.chain), options)?;
     let sent = {

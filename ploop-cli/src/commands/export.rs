@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use ploop_core::ops::agreement;
 use ploop_core::ops::export::{ExportOptions, ExportReport, export, export_to};
 use ploop_core::ops::open::Which;
 use ploop_core::units::Sectors;
@@ -13,6 +14,7 @@ use serde::Serialize;
 
 use super::convert::limit_bytes;
 use super::mount::BaseFormat;
+use crate::accepting::refuse_success;
 use crate::args;
 use crate::exit::Outcome;
 use crate::open::{self, Wanted};
@@ -95,10 +97,11 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         raw_base: arguments.base == BaseFormat::Raw,
         cluster_sectors: arguments.cluster_sectors,
         snapshot: arguments.snapshot.clone(),
+        ..Wanted::default()
     };
     let layout = Layout::new(arguments.format, arguments.compress, &arguments.layout)?;
     if arguments.format != DiskFormat::Raw {
-        return output.report(&Exported(other_format(&wanted, arguments, &layout, target)?));
+        return finish(other_format(&wanted, arguments, &layout, target)?, output);
     }
     let request = open::resolve(&wanted)?;
     let which = match &request.descriptor {
@@ -114,8 +117,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let job = Job::begin(output, limit_bytes(arguments.limit))?;
     if target != Path::new("-") {
         let report = export(&options, target, &job.meter())?;
-        report.warnings.iter().for_each(|text| output.warn(text));
-        return output.report(&Exported(report));
+        return finish(report, output);
     }
     if arguments.no_verify {
         return Err(Error::new(
@@ -136,6 +138,19 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     report.warnings.iter().for_each(|text| output.warn(text));
     // stdout is the disk: programs read the figures from stderr.
     job.progress().done(&serde_json::json!(report));
+    refuse_success(&report.disagreements, EXPORTED, output)?;
+    Ok(())
+}
+
+/// What a file that was written is worth.
+const EXPORTED: &str = "what is there was exported";
+
+/// Reports a file that was written.
+fn finish(report: ExportReport, output: &Output) -> Outcome {
+    report.warnings.iter().for_each(|text| output.warn(text));
+    let report = Exported(report);
+    output.report(&report)?;
+    refuse_success(&report.0.disagreements, EXPORTED, output)?;
     Ok(())
 }
 
@@ -164,6 +179,10 @@ fn other_format(
     }
     qemu::require()?;
     let request = open::resolve(wanted)?;
+    let disagreements = match &request.descriptor {
+        Some(descriptor) => agreement::of_disk(descriptor, open::snapshot_of(&request)?)?,
+        None => Vec::new(),
+    };
     signals::hold()?;
     let served = serving::start(request, &ServeOptions { without_device: true, ..ServeOptions::default() })?;
     let written = qemu::Unfinished::beside(target).and_then(|file| {
@@ -175,6 +194,7 @@ fn other_format(
             disk_bytes,
             host_bytes: Some(host_bytes),
             warnings: Vec::new(),
+            disagreements,
         })
     });
     let ended = serving::end(&served);

@@ -112,6 +112,9 @@ impl Report for Whole<'_> {
                 writeln!(out, "             problem: {problem}")?;
             }
         }
+        for found in &disk.disagreements {
+            writeln!(out, "problem:     {}", found.describe())?;
+        }
         if let Some(used) = &self.file_system {
             // Read by scripts, which look for the first word.
             writeln!(out, "{:<11} {:>14} {:>14}", "resource", "Size", "Used")?;

@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use clap::ValueEnum;
-use ploop_core::device::runtime::PartitionRange;
+use ploop_core::device::runtime::{OpenRequest, PartitionRange};
 use ploop_core::format::Guid;
+use ploop_core::format::agreement::Disagreement;
+use ploop_core::ops::agreement;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
+use crate::accepting::{Accepting, refuse_success};
 use crate::args;
 use crate::exit::Outcome;
 use crate::open::{self, Wanted};
@@ -84,6 +87,9 @@ pub(crate) struct Arguments {
     #[arg(long)]
     allow_reclaim_stall: bool,
 
+    #[command(flatten)]
+    accepting: Accepting,
+
     /// DiskDescriptor.xml or its folder, or image files, base first
     #[arg(value_name = "DISK", required = true)]
     disks: Vec<PathBuf>,
@@ -109,6 +115,8 @@ pub(crate) struct Mounted {
     disk_bytes: Option<u64>,
     partition: Option<PartitionRange>,
     read_only: bool,
+    /// Why what it shows is not the whole disk, or not the disk; only of a disk mounted for reading.
+    disagreements: Vec<Disagreement>,
 }
 
 impl Report for Mounted {
@@ -139,6 +147,7 @@ impl Arguments {
             whole_disk: false,
             threads: 1,
             allow_reclaim_stall: false,
+            accepting: Accepting::default(),
             disks: vec![disk],
         }
     }
@@ -150,7 +159,11 @@ impl Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
-    output.report(&serve(arguments, output)?)
+    let mounted = serve(arguments, output)?;
+    output.report(&mounted)?;
+    let done = format!("mounted for reading as {}", mounted.device.display());
+    refuse_success(&mounted.disagreements, &done, output)?;
+    Ok(())
 }
 
 /// Serves a disk and mounts it where that is asked for. Whatever fails is undone.
@@ -162,7 +175,10 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
         raw_base: arguments.format == BaseFormat::Raw,
         cluster_sectors: arguments.cluster_sectors,
         snapshot: arguments.snapshot.clone(),
+        accepted: arguments.accepting.into(),
     })?;
+    // Before it is served: for writing its server refuses them.
+    let disagreements = if read_only { disagreements(&request)? } else { Vec::new() };
     let mount_point = arguments.mount_point.as_deref().map(check_mount_point).transpose()?;
     let served = serving::start(
         request,
@@ -183,6 +199,7 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             disk_bytes: served.entry.state()?.size_bytes,
             partition: served.state.partition,
             read_only,
+            disagreements,
         }),
         Err(error) => {
             if let Err(second) = serving::end(&served) {
@@ -191,6 +208,14 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             Err(error)
         }
     }
+}
+
+/// What contradicts the descriptor in the disk that is to be opened, as far as it is not accepted.
+fn disagreements(request: &OpenRequest) -> Result<Vec<Disagreement>> {
+    let Some(descriptor) = &request.descriptor else { return Ok(Vec::new()) };
+    let mut found = agreement::of_disk(descriptor, open::snapshot_of(request)?)?;
+    found.retain(|found| !found.is_accepted(request.accepted));
+    Ok(found)
 }
 
 /// A name that the original would take as well: it goes into a field of 64 bytes.

@@ -18,6 +18,7 @@ use ploop_core::units::{SECTOR_BYTES, Sectors};
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
+use crate::accepting::Accepting;
 use crate::args;
 use crate::exit::Outcome;
 use crate::inner_size::{self, Inner};
@@ -60,6 +61,9 @@ pub(crate) struct Arguments {
     /// short; see `ploop mount`
     #[arg(long)]
     allow_reclaim_stall: bool,
+
+    #[command(flatten)]
+    accepting: Accepting,
 
     /// DiskDescriptor.xml or its folder, an image file, or the device or mount point of a mounted disk
     #[arg(value_name = "DISK")]
@@ -115,7 +119,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
             let inside = grow_inside(&served, size.disk_bytes)?;
             (size, inside)
         }
-        Target::Closed(request) => closed(arguments, &request, output)?,
+        Target::Closed(request) => {
+            let request = OpenRequest { accepted: arguments.accepting.into(), ..request };
+            closed(arguments, &request, output)?
+        }
     };
     output.report(&Resized {
         disk_bytes_before: size.disk_bytes_before,

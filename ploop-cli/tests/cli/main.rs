@@ -7,7 +7,9 @@ mod compat;
 mod end_to_end;
 mod errors;
 mod forms;
+mod half_disks;
 mod hostile;
+mod looks;
 mod originals;
 #[path = "../../../ploop-core/tests/patience/mod.rs"]
 mod patience;

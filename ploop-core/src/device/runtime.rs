@@ -17,6 +17,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::agreement::Accepted;
 
 /// Overrides where the run-time folders are; for tests and for several installations side by side.
 pub const RUN_DIR_VARIABLE: &str = "PLOOP_RUN_DIR";
@@ -107,6 +108,9 @@ pub struct OpenRequest {
     pub cluster_sectors: Option<u64>,
     /// Nothing may be changed.
     pub read_only: bool,
+    /// Contradictions between descriptor and images that its user takes as they are.
+    #[serde(default)]
+    pub accepted: Accepted,
 }
 
 /// The partition that the loop device shows.

@@ -113,6 +113,8 @@ pub struct FileStorage {
     alignment: Alignment,
     is_direct: bool,
     is_block_device: bool,
+    /// Whether its file system is believed when it says that something is a hole.
+    tells_holes: bool,
     /// What the file system has refused once is not asked for again.
     punch_refused: AtomicBool,
     zero_refused: AtomicBool,
@@ -158,7 +160,9 @@ impl FileStorage {
             Caching::Cached => None,
         };
         sys::set_direct(file.as_fd(), alignment.is_some())?;
+        let tells_holes = sys::tells_holes(file.as_fd());
         Ok(Self {
+            tells_holes,
             file,
             path: path.as_ref().to_path_buf(),
             alignment: alignment.unwrap_or(Alignment::NONE),
@@ -338,8 +342,25 @@ impl Storage for FileStorage {
         if offset >= end {
             return Ok(None);
         }
+        if !self.tells_holes {
+            return Ok(Some((offset, end)));
+        }
         match sys::next_data(self.file.as_fd(), offset) {
             Err(error) if is_refusal(&error) => Ok(Some((offset, end))),
+            other => other,
+        }
+    }
+
+    fn next_written(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let end = self.len()?;
+        if offset >= end {
+            return Ok(None);
+        }
+        if self.is_block_device {
+            return Ok(Some((offset, end)));
+        }
+        match sys::next_written(self.file.as_fd(), offset, end) {
+            Err(error) if is_refusal(&error) => Err(io::ErrorKind::Unsupported.into()),
             other => other,
         }
     }

@@ -28,6 +28,7 @@ use crate::format::{Chain, DESCRIPTOR_NAME, DiskDescriptor, Guid, InUse, RawHead
 use crate::io::buffer::is_zero;
 use crate::io::file::{self, DirectoryFolder};
 use crate::io::{Access, Folder, Storage, StorageExt, sys};
+use crate::ops::agreement;
 use crate::ops::image_files::{exists, open_chain, open_image, source};
 use crate::ops::merge::OpenBundle;
 use crate::ops::open::check_readable;
@@ -158,6 +159,9 @@ pub fn clone_in(
     let descriptor = parts.descriptor;
     let state = parts.state.unwrap_or(descriptor.top_guid());
     check_readable(descriptor, state)?;
+    if let Some(found) = agreement::of_state(base, descriptor, state)?.first() {
+        return Err(found.failure());
+    }
     // Shared, the image that such a merge writes into could not be finished, neither here nor there.
     for image in descriptor.chain_for(state)? {
         let transition = descriptor.shot(image.guid()).and_then(|shot| shot.transition());

@@ -25,6 +25,7 @@ use crate::io::lock::{ImageLock, Ownership};
 use crate::io::{Access, Folder, Storage, ownership};
 use crate::units::Sectors;
 
+use super::agreement;
 use super::create::version_number;
 use super::descriptor_lock::{DescriptorLock, lock_timeout};
 use super::image_files::remove_obsolete;
@@ -147,6 +148,7 @@ pub fn convert_in(
             .advise("convert twice: first -f, then -v"));
     }
     let mut descriptor = DiskDescriptor::load(folder, None)?;
+    agreement::require(folder, &descriptor)?;
     let tidied = plan::recover(folder, Some(&descriptor))?;
     // What a snapshot command left when it was cut: later it would be taken for the last thing done to the disk.
     remove_obsolete(folder, &mut descriptor)?;

@@ -18,8 +18,9 @@ use crate::io::temporary::remove_left_over;
 use crate::io::{Access, BufferPool, Folder, IoBuf, Storage};
 use crate::units::Sectors;
 
+use super::agreement::Disagreement;
 use super::convert::{fill_new, verify_new};
-use super::open::{OpenOptions, Which, open};
+use super::open::{OpenOptions, Opened, Which, open};
 use super::placing::place_file;
 use super::progress::Progress;
 use super::transfer::{self, ChainContent, Content, PIECE_BYTES, Pipeline};
@@ -58,17 +59,18 @@ pub struct ExportReport {
     pub host_bytes: Option<u64>,
     /// What is odd about the disk.
     pub warnings: Vec<String>,
+    /// Contradictions between descriptor and images: what was exported is not the whole disk, or not the disk.
+    pub disagreements: Vec<Disagreement>,
 }
 
-fn open_chain(options: &ExportOptions) -> Result<(Arc<Chain>, Vec<String>)> {
-    let opened = open(&OpenOptions {
+fn open_chain(options: &ExportOptions) -> Result<Opened> {
+    open(&OpenOptions {
         which: options.which.clone(),
         snapshot: options.snapshot,
         raw_cluster: options.raw_cluster,
         block_device: matches!(options.which, Which::Files(_)),
         ..OpenOptions::new("", Access::ReadOnly)
-    })?;
-    Ok((opened.chain, opened.report.warnings))
+    })
 }
 
 /// Writes the disk into the new raw file `target`. Fails with [`ErrorKind::Parameter`] if that exists, with
@@ -91,7 +93,7 @@ pub fn export(options: &ExportOptions, target: &Path, progress: &dyn Progress) -
             "choose another name; to write into a device: ploop export DISK - | dd of=DEVICE bs=1M conv=fsync",
         ));
     }
-    let (chain, warnings) = open_chain(options)?;
+    let Opened { chain, report } = open_chain(options)?;
     remove_left_over(&folder, name).map_err(|cause| {
         Error::io(ErrorKind::Stat, "export: look for what an earlier one left", cause).at_path(target)
     })?;
@@ -101,7 +103,8 @@ pub fn export(options: &ExportOptions, target: &Path, progress: &dyn Progress) -
         file: Some(target.to_path_buf()),
         disk_bytes: chain.geometry().disk_bytes(),
         host_bytes: Some(host_bytes),
-        warnings,
+        warnings: report.warnings,
+        disagreements: report.disagreements,
     })
 }
 
@@ -141,13 +144,19 @@ pub fn export_to(
     stream: &mut dyn Write,
     progress: &dyn Progress,
 ) -> Result<ExportReport> {
-    let (chain, warnings) = open_chain(options)?;
+    let Opened { chain, report } = open_chain(options)?;
     let disk_bytes = chain.geometry().disk_bytes();
     let content = ChainContent::whole(chain);
     progress.begin("export", disk_bytes);
     stream_out(&content, disk_bytes, stream, progress)?;
     progress.end();
-    Ok(ExportReport { file: None, disk_bytes, host_bytes: None, warnings })
+    Ok(ExportReport {
+        file: None,
+        disk_bytes,
+        host_bytes: None,
+        warnings: report.warnings,
+        disagreements: report.disagreements,
+    })
 }
 
 /// A part of the stream.

@@ -14,6 +14,7 @@ use crate::format::header::HEADER_BYTES;
 use crate::format::{DESCRIPTOR_NAME, Geometry, Guid, Header, InUse, Probe, probe};
 use crate::io::file::{self, FileStorage};
 use crate::io::{Access, Storage, StorageExt, sys};
+use crate::ops::agreement::{self, Disagreement};
 use crate::ops::create::version_number;
 use crate::ops::open::{Bundle, Place, place};
 use crate::ops::space::{Space, Tally};
@@ -60,6 +61,8 @@ pub struct InfoReport {
     pub fragmentation_per_mille: u64,
     /// The images, in the order of the descriptor.
     pub images: Vec<ImageReport>,
+    /// What the images contradict the descriptor in: what is there is not the whole disk, or not the disk.
+    pub disagreements: Vec<Disagreement>,
 }
 
 /// What one image is.
@@ -143,6 +146,9 @@ fn bundle(path: &Path) -> Result<InfoReport> {
         cluster_bytes: descriptor.cluster_sectors().checked_bytes().unwrap_or(u64::MAX),
         mode: descriptor.mode().name(),
         snapshots: (descriptor.shots().len() as u64).saturating_sub(1),
+        // What cannot be looked at is told with its image.
+        disagreements: agreement::of_state(&bundle.folder, descriptor, descriptor.top_guid())
+            .unwrap_or_default(),
         ..summary(images)
     };
     Ok(report)
@@ -188,6 +194,7 @@ fn summary(images: Vec<ImageReport>) -> InfoReport {
         }
         .fragmentation_per_mille(),
         images,
+        disagreements: Vec::new(),
     }
 }
 

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskDescriptor, Guid, Image, Transition};
 use crate::io::{Access, Folder, Storage};
+use crate::ops::agreement;
 use crate::ops::image_files::{is_shared, open_chain, open_image, remove_early, remove_obsolete, source};
 use crate::ops::merge::{Asked, MergeReport, OpenBundle, Wins, complete_in, merge_range};
 use crate::ops::progress::Progress;
@@ -60,6 +61,10 @@ pub fn delete_in(
 ) -> Result<DeleteReport> {
     let snapshot = options.snapshot;
     let mut descriptor = DiskDescriptor::load(folder, None)?;
+    // A current state that goes may go short.
+    if snapshot != descriptor.top_guid() {
+        agreement::require(folder, &descriptor)?;
+    }
     // What this very command committed before it was cut.
     let already = descriptor.has_removed(snapshot);
     let completed = complete_in(folder, &mut descriptor, Asked::Delete, progress)?;

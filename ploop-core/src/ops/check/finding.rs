@@ -87,8 +87,12 @@ pub enum Kind {
     BadBitmap,
     /// A file could not be opened or read.
     Missing,
-    /// The length of a raw image is not a whole number of clusters.
+    /// The length of a raw image is not a whole number of sectors.
     RawLength,
+    /// The image of the current state ends before the disk of the descriptor.
+    MissingEnd,
+    /// The base is said to be raw, but begins with the header of an image that fits the disk.
+    SaidRaw,
     /// Images of one chain do not fit each other.
     Mismatch,
     /// The descriptor and the image do not agree.
@@ -138,7 +142,15 @@ impl Kind {
             }
             Self::BadBitmap => "a dirty bitmap is damaged: the next backup with it is full",
             Self::Missing => "an image cannot be opened or read",
-            Self::RawLength => "the length of a raw image is not a whole number of clusters",
+            Self::RawLength => {
+                "the length of a raw image is not a whole number of sectors: it cannot be written"
+            }
+            Self::MissingEnd => {
+                "the image ends before the disk of its descriptor: a part of the disk is missing"
+            }
+            Self::SaidRaw => {
+                "the descriptor says that an image is raw: its first write would destroy the image"
+            }
             Self::Mismatch => "images of one chain do not fit each other",
             Self::DescriptorSize => "descriptor and image do not agree",
             Self::BrokenChain => "the parents of a snapshot are missing or go in a circle",
@@ -172,6 +184,8 @@ impl Kind {
             | Self::HalfConverted
             | Self::ClusterTooLarge
             | Self::Missing
+            | Self::MissingEnd
+            | Self::SaidRaw
             | Self::Mismatch
             | Self::DescriptorSize
             | Self::BrokenChain

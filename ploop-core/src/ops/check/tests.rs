@@ -3,6 +3,7 @@
 use super::*;
 use crate::format::header::InUse;
 use crate::format::testing::{content, image, set_entry, set_mark};
+use crate::io::StorageExt;
 use crate::io::sim::SimStorage;
 use crate::ops::{CreateOptions, Silent, create};
 
@@ -140,7 +141,10 @@ fn a_descriptor_and_an_image_that_do_not_agree() {
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text.replace("1280", "1344")).unwrap();
     let report = check(&CheckOptions::look(folder.path()), &Silent).unwrap();
-    assert_eq!(report.findings.total(Kind::DescriptorSize), 1, "{report:?}");
+    assert_eq!((report.findings.total(Kind::MissingEnd), report.exit_code), (1, 11), "{report:?}");
+    std::fs::write(&path, text.replace("1280", "1216")).unwrap();
+    let report = check(&CheckOptions::look(folder.path()), &Silent).unwrap();
+    assert_eq!((report.findings.total(Kind::DescriptorSize), report.exit_code), (1, 0), "{report:?}");
     std::fs::write(
         &path,
         text.replace("00000000-0000-0000-0000-000000000000", "10000000-0000-0000-0000-000000000001"),
@@ -167,15 +171,51 @@ fn a_disk_in_use_is_refused() {
 }
 
 #[test]
-fn a_raw_image_is_whole_clusters() {
+fn a_raw_image_is_whole_sectors_and_becomes_longer_only_when_told() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("raw");
+    let length = || std::fs::metadata(&path).unwrap().len();
     std::fs::write(&path, vec![1; 5000]).unwrap();
     let look = CheckOptions { raw_cluster: Some(Sectors(8)), ..CheckOptions::look(&path) };
-    assert_eq!(check(&look, &Silent).unwrap().outcome, Outcome::Harmless);
-    let report = check(&CheckOptions { read_only: false, ..look }, &Silent).unwrap();
-    assert_eq!(report.outcome, Outcome::Repaired);
-    assert_eq!(std::fs::metadata(&path).unwrap().len(), 8192);
+    for read_only in [true, false] {
+        let report = check(&CheckOptions { read_only, ..look.clone() }, &Silent).unwrap();
+        assert_eq!((report.outcome, length()), (Outcome::Harmless, 5000));
+    }
+    let told = CheckOptions { repair: true, read_only: false, ..look.clone() };
+    // Shorter than its disk: it was cut, and padding would hide where.
+    let short = CheckOptions { raw_disk: Some(Sectors(11)), ..told.clone() };
+    assert_eq!((check(&short, &Silent).unwrap().outcome, length()), (Outcome::Harmless, 5000));
+    assert_eq!((check(&told, &Silent).unwrap().outcome, length()), (Outcome::Repaired, 5120));
+    // The disk ends inside a cluster: that is how it is.
+    assert_eq!((check(&told, &Silent).unwrap().outcome, length()), (Outcome::Sound, 5120));
+}
+
+#[test]
+fn who_has_nothing_to_repair_writes_nothing_and_asks_for_no_right_to() {
+    let (folder, image) = bundle();
+    let held = crate::ops::open(&crate::ops::OpenOptions::new(folder.path(), Access::ReadOnly)).unwrap();
+    let report = check(&CheckOptions { read_only: false, ..CheckOptions::look(folder.path()) }, &Silent);
+    assert_eq!(report.unwrap().outcome, Outcome::Sound, "another reader is in nobody's way");
+    std::fs::OpenOptions::new().append(true).open(&image).unwrap().set_len(1 << 20).unwrap();
+    let error = check(&CheckOptions { read_only: false, ..CheckOptions::look(folder.path()) }, &Silent);
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::InUse, "who cuts the tail is");
+    drop(held);
+}
+
+#[test]
+fn a_file_that_is_not_there_is_missing_and_everything_else_is_not() {
+    let (folder, image) = bundle();
+    let path = folder.path();
+    let look = || check(&CheckOptions::look(path), &Silent);
+    let elsewhere = path.join("elsewhere");
+    std::fs::rename(&image, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &image).unwrap();
+    assert_eq!(look().unwrap().exit_code, 39, "links are not followed");
+    std::fs::remove_file(&image).unwrap();
+    std::fs::create_dir(&image).unwrap();
+    assert_eq!(look().unwrap().exit_code, 39, "a folder is no image");
+    std::fs::remove_dir(&image).unwrap();
+    assert_eq!(look().unwrap().findings.total(Kind::Missing), 1);
 }
 
 #[test]
