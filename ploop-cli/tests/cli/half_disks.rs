@@ -116,3 +116,30 @@ fn it_is_mounted_for_writing_only_when_its_user_says_so() {
         assert!(fs::read(&image).unwrap()[..512] == [7; 512]);
     }
 }
+
+#[test]
+fn long_names_are_no_damage_and_leave_room_for_ours() {
+    for length in [192, 216, 250, 255] {
+        let (folder, image) = disk("expanded");
+        let long = folder.path().join("N".repeat(length));
+        fs::rename(&image, &long).unwrap();
+        let path = folder.path().join("DiskDescriptor.xml");
+        let xml = fs::read_to_string(&path).unwrap();
+        fs::write(&path, xml.replace("disk.hds", &"N".repeat(length))).unwrap();
+        // An entry into the table: what its repair changes goes into an undo file.
+        use std::os::unix::fs::FileExt;
+        let file = fs::OpenOptions::new().write(true).open(&long).unwrap();
+        file.write_all_at(&u32::MAX.to_le_bytes(), 64).unwrap();
+        let disk = text(folder.path());
+        let said = ploop(&["check", "--repair", disk]).succeeded();
+        assert!(said.contains("--undo"), "{said}");
+        ploop(&["snapshot", disk]).succeeded();
+        ploop(&["snapshot-merge", disk]).succeeded();
+        ploop(&["convert", "-b", "128", disk]).succeeded();
+        let out = folder.path().join("O".repeat(length));
+        ploop(&["export", disk, text(&out)]).succeeded();
+        let copy = tempfile::tempdir().unwrap();
+        ploop(&["copy", "-s", disk, "-d", text(&copy.path().join("C".repeat(length)))]).succeeded();
+        ploop(&["check", "-f", disk]).succeeded();
+    }
+}

@@ -83,6 +83,12 @@ pub fn classify(error: &io::Error, otherwise: ErrorKind) -> ErrorKind {
 
 /// Turns an I/O error into one that names the file, the operation and what to do.
 pub fn explain(error: io::Error, otherwise: ErrorKind, operation: &str, path: &Path) -> Error {
+    host_trouble(otherwise, operation, error).at_path(path)
+}
+
+/// Turns an I/O error into one that names the operation and what to do about the host: it says nothing about the bytes of an
+/// image.
+pub fn host_trouble(otherwise: ErrorKind, operation: &str, error: io::Error) -> Error {
     let advice = match error.kind() {
         io::ErrorKind::NotFound => Some("check the spelling of the path"),
         io::ErrorKind::PermissionDenied => Some("check the owner and mode of the file and of its folders"),
@@ -98,7 +104,20 @@ pub fn explain(error: io::Error, otherwise: ErrorKind, operation: &str, path: &P
         }
         _ => None,
     };
-    let explained = Error::io(classify(&error, otherwise), operation, error).at_path(path);
+    let advice = match error.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => {
+            Some("raise the limit of open files (`ulimit -n`), then try again")
+        }
+        Some(libc::ENAMETOOLONG) => Some("give the file a shorter name"),
+        Some(libc::EIO) => {
+            Some("the host's storage fails (see dmesg): copy what can still be read, then replace it")
+        }
+        Some(libc::ESTALE | libc::ENOTCONN | libc::ETIMEDOUT) => {
+            Some("its network file system does not answer: mount it anew, then try again")
+        }
+        _ => advice,
+    };
+    let explained = Error::io(classify(&error, otherwise), operation, error);
     match advice {
         Some(advice) => explained.advise(advice),
         None => explained,

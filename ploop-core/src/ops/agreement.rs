@@ -20,8 +20,10 @@ pub(crate) fn is_missing(error: &Error) -> bool {
     let is_other_thing = |cause: &std::io::Error| {
         matches!(
             cause.kind(),
-            Cause::NotFound | Cause::NotADirectory | Cause::IsADirectory | Cause::InvalidInput
+            Cause::NotFound | Cause::NotADirectory | Cause::IsADirectory
         ) || cause.raw_os_error() == Some(libc::ELOOP)
+            // Our own word for a name that can be no file's, and for what is no regular file.
+            || cause.kind() == Cause::InvalidInput && cause.raw_os_error().is_none()
     };
     error.kind() == ErrorKind::Open && source.is_some_and(is_other_thing)
 }

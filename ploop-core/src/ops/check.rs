@@ -574,4 +574,6 @@ fn conclude(
 }
 
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod tests;

@@ -27,6 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Chain, DESCRIPTOR_NAME, DiskDescriptor, Guid, InUse, RawHeader};
 use crate::io::buffer::is_zero;
 use crate::io::file::{self, DirectoryFolder};
+use crate::io::temporary::stem;
 use crate::io::{Access, Folder, Storage, StorageExt, sys};
 use crate::ops::agreement;
 use crate::ops::image_files::{exists, open_chain, open_image, source};
@@ -201,7 +202,7 @@ pub fn clone_in(
     }
     let frozen = if state == descriptor.top_guid() { Guid::random() } else { state };
     // Always the same name for the same state: what a clone that was cut has left is found again.
-    let own = format!("{}.{state}", names.first().map_or("image", String::as_str));
+    let own = format!("{}.{state}", stem(names.first().map_or("image", String::as_str)));
     let new = descriptor.clone_of(state, frozen, &names, &own)?;
     remove_left_over(folder, &own)?;
     for (storage, name) in storages.iter().zip(&names) {

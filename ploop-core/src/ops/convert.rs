@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{Geometry, Version};
 use crate::format::{
-    self, Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Guid, Mode, Source, create_image,
+    self, Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Guid, Mode, Source, create_image, image_name,
 };
 use crate::io::file::{self, DirectoryFolder};
 use crate::io::lock::{ImageLock, Ownership};
@@ -261,7 +261,7 @@ impl<'a> Work<'a> {
             if image.guid() == old.top_guid() {
                 new.set_disk_sectors(geometry.disk_sectors())?;
             }
-            let file = new_name(image.file());
+            let file = image_name(image.file());
             new.set_file(image.guid(), &file)?;
             jobs.push(Job {
                 guid: image.guid(),
@@ -391,15 +391,6 @@ fn new_geometry(chain: &Chain, wanted: Form, raw: bool, warnings: &mut Vec<Strin
         ));
     }
     Geometry::new(wanted.version, wanted.cluster, rounded)
-}
-
-/// A name for the file that follows `old`: as snapshots are named, with a GUID behind the name of the first.
-fn new_name(old: &str) -> String {
-    let base = match old.rfind(".{") {
-        Some(at) if old.ends_with('}') && old[at + 1..].parse::<Guid>().is_ok() => &old[..at],
-        _ => old,
-    };
-    format!("{base}.{}", Guid::random())
 }
 
 impl Job {

@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor_store::TEMPORARY_PREFIX;
 use crate::format::{DESCRIPTOR_NAME, DiskDescriptor, Guid, Image, Probe, Transition, probe};
+use crate::io::temporary::stem;
 use crate::io::{Access, Folder};
 use crate::ops::Progress;
 use crate::ops::agreement::{self, Disagreement};
@@ -276,7 +277,7 @@ fn is_leftover(descriptor: &DiskDescriptor, name: &str) -> bool {
     descriptor
         .images()
         .iter()
-        .filter_map(|image| name.strip_prefix(image.file()))
+        .filter_map(|image| name.strip_prefix(&*stem(image.file())))
         .any(|rest| rest == undo_file::UNFINISHED || rest.strip_prefix(".tmp.").is_some_and(is_guid))
 }
 
