@@ -232,8 +232,12 @@ const UNTRUE_ABOUT_HOLES: [i64; 8] =
 
 /// Whether the file system of `file` is believed when it says that something is a hole.
 pub fn tells_holes(file: BorrowedFd<'_>) -> bool {
-    nix::sys::statfs::fstatfs(file)
-        .is_ok_and(|found| !UNTRUE_ABOUT_HOLES.contains(&(found.filesystem_type().0 as i64 & 0xFFFF_FFFF)))
+    nix::sys::statfs::fstatfs(file).is_ok_and(|found| !is_untrue(found.filesystem_type().0 as i64))
+}
+
+/// By the number of a file system, which some machines have signed.
+fn is_untrue(number: i64) -> bool {
+    UNTRUE_ABOUT_HOLES.contains(&(number & 0xFFFF_FFFF))
 }
 
 /// Size of a block device in bytes.
@@ -575,5 +579,18 @@ mod tests {
         let folder = open_folder(std::path::Path::new("/proc")).unwrap();
         assert!(freeze_file_system(folder.as_fd()).is_err());
         assert!(thaw_file_system(folder.as_fd()).is_err());
+    }
+
+    #[test]
+    fn which_file_systems_are_believed() {
+        let place = tempfile::tempdir().unwrap();
+        let file = File::create(place.path().join("a")).unwrap();
+        let proc = File::open("/proc/self/status").unwrap();
+        // Neither is on the list; a file system that is says so by its number.
+        assert!(tells_holes(file.as_fd()) && tells_holes(proc.as_fd()));
+        assert!(UNTRUE_ABOUT_HOLES.contains(&nix::libc::NFS_SUPER_MAGIC) && is_untrue(0x6573_5546));
+        assert!(is_untrue(0x2FC1_2FC1) && is_untrue(0xFF53_4D42) && !is_untrue(0xEF53));
+        // As a negative number, where the field of the kernel is a signed one of 32 bits.
+        assert!(is_untrue(i64::from(0xFF53_4D42_u32 as i32)));
     }
 }

@@ -14,7 +14,6 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::survey::Survey;
 use crate::format::{DESCRIPTOR_NAME, DiskDescriptor, Geometry, Guid, Image, InUse, Version};
 use crate::io::file::{self, DirectoryFolder};
 use crate::io::lock::{ImageLock, Ownership, shared_by_clones};
@@ -26,10 +25,11 @@ use crate::ops::image_files::is_shared;
 use crate::ops::open::{Bundle, Place, place};
 use crate::ops::repair::undo_file::UndoFile;
 use crate::ops::repair::{self, RepairReport, UndoReport};
+use crate::ops::space::space_of;
 use crate::units::Sectors;
 
 pub use finding::{Class, Count, EXAMPLES_MAX, Example, Findings, Kind};
-use image::{Examined, Plan, Standing};
+use image::{Examined, Standing};
 
 mod bundle;
 mod finding;
@@ -126,7 +126,9 @@ pub struct ImageCheck {
     pub allocated_clusters: u64,
     /// Clusters inside the file that nothing uses. No defect: they are used again.
     pub free_clusters: u64,
-    /// Neighbouring guest clusters that are no neighbours in the file.
+    /// Pairs of clusters that follow each other on the guest's disk and lie in this image.
+    pub neighbours: u64,
+    /// Those among them that do not follow each other in the file.
     pub fragments: u64,
     /// What was found.
     pub findings: Findings,
@@ -441,6 +443,7 @@ fn check_unnamed(
         }
         result.not_closed = false;
         result.repair = Some(RepairReport { resumed: result.repair.is_some(), ..report });
+        set_figures(&mut result, &after);
         examined = after;
     } else if result.repair.is_some() && examined.findings.is_empty() {
         result.outcome = Outcome::Repaired;
@@ -488,6 +491,7 @@ fn summary(path: &Path, file_bytes: u64, geometry: Option<&Geometry>) -> ImageCh
         entries: geometry.map_or(0, |geometry| u64::from(geometry.entries())),
         allocated_clusters: 0,
         free_clusters: 0,
+        neighbours: 0,
         fragments: 0,
         findings: Findings::default(),
         repair: None,
@@ -505,21 +509,20 @@ fn result_of(path: &Path, examined: &Examined) -> ImageCheck {
     };
     let geometry = examined.plan.as_ref().map(|plan| plan.header.geometry());
     let mut result = summary(path, examined.file_bytes, geometry);
-    if let Some(plan) = &examined.plan {
-        result.allocated_clusters = plan.survey.allocated;
-        result.fragments = plan.survey.fragments;
-        result.free_clusters = free_inside(&plan.survey, plan);
-    }
+    set_figures(&mut result, examined);
     result.not_closed = findings.total(Kind::NotClosed) > 0;
     ImageCheck { outcome, findings, ..result }
 }
 
-/// Clusters below the highest in use that nothing names.
-fn free_inside(survey: &Survey, plan: &Plan) -> u64 {
-    let first = plan.header.geometry().first_data_cluster().0;
-    let span = u64::from(plan.fresh.saturating_sub(first));
-    let taken = survey.used.count() + survey.skewed.count() + plan.extension_clusters.count();
-    span.saturating_sub(taken)
+/// The figures that `info` has, too.
+fn set_figures(result: &mut ImageCheck, examined: &Examined) {
+    let Some(plan) = &examined.plan else { return };
+    let lengths = (examined.file_bytes, 0);
+    let extension = plan.extension_clusters.count();
+    let space = space_of(&plan.survey, extension, plan.header.geometry(), lengths);
+    result.allocated_clusters = space.allocated_clusters;
+    result.free_clusters = space.free_clusters;
+    (result.neighbours, result.fragments) = (space.neighbours, space.breaks);
 }
 
 /// Puts the parts of a report together.

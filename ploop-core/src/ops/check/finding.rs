@@ -85,6 +85,8 @@ pub enum Kind {
     BadExtension,
     /// A stored dirty bitmap is damaged, and counts as "everything is dirty".
     BadBitmap,
+    /// An entry names the cluster of the extension, or of a stored bitmap.
+    EntryIntoExtension,
     /// A file could not be opened or read.
     Missing,
     /// The length of a raw image is not a whole number of sectors.
@@ -141,6 +143,9 @@ impl Kind {
                 "the format extension is damaged: its dirty bitmaps are lost, the next backup is full"
             }
             Self::BadBitmap => "a dirty bitmap is damaged: the next backup with it is full",
+            Self::EntryIntoExtension => {
+                "an entry names the cluster of the format extension or of a stored bitmap: the guest reads foreign bytes"
+            }
             Self::Missing => "an image cannot be opened or read",
             Self::RawLength => {
                 "the length of a raw image is not a whole number of sectors: it cannot be written"
@@ -178,6 +183,9 @@ impl Kind {
             Self::Tail => "cut the file",
             Self::TooShort | Self::RawLength => "extend the file",
             Self::StaleExtension | Self::BadExtension => "drop the extension",
+            Self::EntryIntoExtension => {
+                "drop the extension or the bitmap; the guest keeps what it reads there: restore it from a backup"
+            }
             Self::BadBitmap => "drop this bitmap, keep the others",
             Self::Leftover => "remove the file",
             Self::Unreadable
