@@ -320,6 +320,10 @@ impl DiskSource {
             ..OpenOptions::new(path, Access::ReadOnly)
         };
         let opened = open(&options)?;
+        // The receiver would call what it has complete.
+        if let Some(found) = opened.report.disagreements.first() {
+            return Err(found.failure());
+        }
         Self::new(&Disk::open(opened.chain, DiskOptions { read_only: true, ..Default::default() })?)
     }
 }

@@ -23,6 +23,7 @@ use crate::stats::hexadecimal;
 use crate::target_chain::ChainTarget;
 use crate::target_placing::{self as placing, INCOMING};
 use crate::wire::{Delta, Hello, ImageKind};
+use ploop_core::io::temporary::stem;
 
 /// A copy that is being made. It reads as zeros at first. Used by one thread, its readers by others.
 ///
@@ -322,7 +323,7 @@ impl Destination for ImageDestination {
         place.check_space(hello, image)?;
         place.remove_left_overs()?;
         let copy_id = hexadecimal(&hello.copy_id);
-        let incoming = format!("{}{INCOMING}{copy_id}", place.name);
+        let incoming = format!("{}{INCOMING}{copy_id}", stem(&place.name));
         let storage = place.folder.create_file(&incoming, Caching::Direct)?;
         // From here on it is ours to remove.
         let mut image_disk = OpenImage::new(place.path.with_file_name(&incoming), image);
@@ -341,7 +342,7 @@ impl Destination for ImageDestination {
     fn create_file(&mut self) -> Result<Box<dyn FileTarget>> {
         let place = self.place()?;
         place.remove_left_overs()?;
-        let incoming = format!("{}{INCOMING}{}", place.name, uuid::Uuid::new_v4().simple());
+        let incoming = format!("{}{INCOMING}{}", stem(&place.name), uuid::Uuid::new_v4().simple());
         let storage = place.folder.create_file(&incoming, Caching::Cached)?;
         let lock = ImageLock::take(&storage, &place.path, Ownership::Writer)?;
         Ok(Box::new(ImageFile { place, incoming, storage: Some((Arc::new(storage), lock)) }))

@@ -24,6 +24,7 @@ use crate::stats::hexadecimal;
 use crate::target::{OpenImage, Place, TABLE_BYTES_MAX, Target, closed};
 use crate::target_placing::INCOMING;
 use crate::wire::{Delta, Hello, ImageKind};
+use ploop_core::io::temporary::stem;
 
 /// The largest tables of one chain that a stream may make us keep in memory.
 const TABLES_BYTES_MAX: u64 = 4 * TABLE_BYTES_MAX;
@@ -228,7 +229,7 @@ impl Target for ChainTarget {
             .collect();
         let raw_base = self.deltas.first().is_some_and(|base| base.delta.image == ImageKind::Raw);
         let name = if delta.index == 0 { self.place.name.clone() } else { image_name(&self.place.name) };
-        let incoming = format!("{}{INCOMING}{}-{}", self.place.name, self.copy_id, delta.index);
+        let incoming = format!("{}{INCOMING}{}-{}", stem(&self.place.name), self.copy_id, delta.index);
         let storage = self.place.folder.create_file(&incoming, Caching::Direct)?;
         // From here on it is ours to remove.
         let mut image = OpenImage::new(self.path(&incoming), delta.image);

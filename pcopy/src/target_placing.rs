@@ -21,6 +21,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ploop_core::format::{DESCRIPTOR_NAME, DiskDescriptor, Guid, image_name};
 use ploop_core::io::file;
 use ploop_core::io::lock::{ImageLock, Ownership};
+use ploop_core::io::temporary::stem;
 use ploop_core::io::{Access, Folder, Storage};
 use ploop_core::{Error, ErrorKind, Result};
 
@@ -35,7 +36,7 @@ const PLAN: &str = "-plan";
 
 /// The name of the plan of the copy `copy_id` to `name`.
 pub(crate) fn plan_name(name: &str, copy_id: &str) -> String {
-    format!("{name}{INCOMING}{copy_id}{PLAN}")
+    format!("{}{INCOMING}{copy_id}{PLAN}", stem(name))
 }
 
 fn is_copy_id(text: &str) -> bool {
@@ -173,7 +174,7 @@ pub(crate) fn recover(folder: &dyn Folder, path: &Path, name: &str) -> Result<()
         return Ok(());
     }
     for plan in names {
-        let id = plan.strip_prefix(name).and_then(|rest| rest.strip_prefix(INCOMING));
+        let id = plan.strip_prefix(&*stem(name)).and_then(|rest| rest.strip_prefix(INCOMING));
         if !id.and_then(|rest| rest.strip_suffix(PLAN)).is_some_and(is_copy_id) {
             continue;
         }
@@ -242,7 +243,7 @@ fn is_name_of_copy(image: &str, name: &str) -> bool {
 pub(crate) fn remove_left_overs(folder: &dyn Folder, path: &Path, name: &str) -> Result<()> {
     let names = folder.list().map_err(|error| failed(path, ErrorKind::Stat, "list the folder", error))?;
     for left in names {
-        let id = left.strip_prefix(name).and_then(|rest| rest.strip_prefix(INCOMING));
+        let id = left.strip_prefix(&*stem(name)).and_then(|rest| rest.strip_prefix(INCOMING));
         if !id.is_some_and(is_number_of_copy) {
             continue;
         }

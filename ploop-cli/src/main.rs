@@ -3,6 +3,7 @@
 //! Printing, prompting and exiting happen in this crate only; the libraries return reports and errors. Each
 //! subcommand is one file in [`commands`]: its arguments, its options for the library, its report.
 
+mod accepting;
 mod args;
 mod commands;
 mod condition;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use ploop_core::device::fuse::held::HeldFiles;
 use ploop_core::device::runtime::{ImageFile, OpenRequest, State};
 pub(crate) use ploop_core::format::DESCRIPTOR_NAME;
+use ploop_core::format::agreement::Accepted;
 use ploop_core::format::{Chain, Described, DiskDescriptor, Encryption, Guid, Image};
 use ploop_core::io::file::DirectoryFolder;
 use ploop_core::io::identity::{self, FileIdentity};
@@ -43,6 +44,8 @@ pub(crate) struct Wanted {
     pub(crate) snapshot: Option<String>,
     /// Folders that images outside of the bundle may be taken from.
     pub(crate) parents: Vec<PathBuf>,
+    /// Contradictions between descriptor and images that are taken as they are.
+    pub(crate) accepted: Accepted,
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
@@ -76,6 +79,7 @@ pub(crate) fn resolve(wanted: &Wanted) -> Result<OpenRequest> {
         cluster_sectors: wanted.cluster_sectors,
         read_only: wanted.read_only,
         parents: wanted.parents.iter().map(|path| absolute(path)).collect::<Result<Vec<_>>>()?,
+        accepted: wanted.accepted,
         ..OpenRequest::default()
     };
     let paths = wanted.disks.iter().map(|path| absolute(&followed(path)?)).collect::<Result<Vec<_>>>()?;
@@ -271,6 +275,7 @@ pub(crate) fn options_of(request: &OpenRequest) -> Result<OpenOptions> {
         which,
         snapshot: snapshot_of(request)?,
         raw_cluster: raw_cluster_of(request),
+        accepted: request.accepted,
         block_device: request.descriptor.is_none(),
         parents: request.parents.clone(),
         ..OpenOptions::new("", access_of(request))
@@ -303,6 +308,8 @@ pub(crate) fn open_held(
     let options = OpenOptions {
         raw_cluster: held.terms.raw_cluster_sectors.map(Sectors),
         accept_in_use: true,
+        // A guest may have written anything since the disk was opened first.
+        accepted: Accepted::ALL,
         block_device: request.descriptor.is_none(),
         ..OpenOptions::new("", access_of(request))
     };

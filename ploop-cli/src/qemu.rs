@@ -224,7 +224,7 @@ impl Unfinished {
             Error::io(ErrorKind::Stat, "export: look for what an earlier one left", cause).at_path(&folder)
         })?;
         loop {
-            let path = folder.join(format!("{name}.tmp.{}", uuid::Uuid::new_v4().simple()));
+            let path = folder.join(temporary::new_name(name, &uuid::Uuid::new_v4().simple().to_string()));
             let held =
                 File::options().read(true).write(true).create_new(true).mode(0o600).open(&path).map_err(
                     |cause| Error::io(ErrorKind::Create, "make the new file", cause).at_path(&path),

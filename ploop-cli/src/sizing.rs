@@ -77,6 +77,7 @@ pub(crate) fn closed(
     let job = Job::begin(output, None)?;
     let options = ResizeOptions {
         shrink,
+        accepted: request.accepted,
         raw_cluster: (request.raw_base && request.descriptor.is_none())
             .then_some(Sectors(u64::from(ploop_core::format::geometry::CLUSTER_SECTORS_DEFAULT))),
         ..ResizeOptions::new(path_of(request)?, disk)

@@ -38,6 +38,7 @@ const TEST_MODULES: &[&str] = &[
     "ploop-core/src/format/descriptor/verbs_tests.rs",
     "ploop-core/src/format/testing.rs",
     "ploop-core/src/io/queue_tests.rs",
+    "ploop-core/src/ops/check/faults.rs",
     "ploop-core/src/ops/testing.rs",
 ];
 

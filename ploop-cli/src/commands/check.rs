@@ -198,10 +198,12 @@ impl Checked<'_> {
             writeln!(out, "  holes filled: {}", human_bytes(image.filled_hole_bytes))?;
         }
         if image.entries > 0 && image.outcome != Verdict::Damaged {
-            let fragments = image.fragments * 100 / image.allocated_clusters.max(1);
+            // As `info` counts them.
+            let per_mille = (image.fragments * 1000).checked_div(image.neighbours).unwrap_or(0);
+            let (percent, tenth) = (per_mille / 10, per_mille % 10);
             writeln!(
                 out,
-                "  {} of {} clusters allocated, {} free in the file, {fragments}% fragmented",
+                "  {} of {} clusters allocated, {} free in the file, {percent}.{tenth}% fragmented",
                 image.allocated_clusters, image.entries, image.free_clusters
             )?;
         }
@@ -287,6 +289,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         repair: arguments.repair || arguments.hard_force,
         fill_holes: arguments.fill_holes,
         raw_cluster: arguments.raw.then_some(cluster),
+        raw_disk: None,
         lock_timeout: lock_timeout(),
     };
     if arguments.raw && is_bundle {

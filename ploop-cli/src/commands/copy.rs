@@ -565,6 +565,10 @@ fn send_closed(
     let mut quiesce = freeze_service::quiesce(helper, Some(cancel), None);
     let descriptor = is_chain.then(|| descriptor_of_all(request)).transpose()?;
     let opened = open::open(request)?;
+    // The receiver would call what it has complete.
+    if let Some(found) = opened.report.disagreements.first() {
+        return Err(found.failure());
+    }
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let disk = Disk::open(Arc::clone(&opened.chain), options)?;
     let sent = {

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use ploop_core::error::shown;
+use ploop_core::ops::agreement;
 use ploop_core::ops::export::{ExportOptions, ExportReport, export, export_to};
 use ploop_core::ops::open::Which;
 use ploop_core::units::Sectors;
@@ -14,6 +15,7 @@ use serde::Serialize;
 
 use super::convert::limit_bytes;
 use super::mount::BaseFormat;
+use crate::accepting::refuse_success;
 use crate::args;
 use crate::exit::Outcome;
 use crate::open::{self, Wanted};
@@ -106,6 +108,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         cluster_sectors: arguments.cluster_sectors,
         snapshot: arguments.snapshot.clone(),
         parents: arguments.parents.clone(),
+        ..Wanted::default()
     };
     let named = DiskFormat::of_name(target);
     let format = arguments.format.or(named).unwrap_or(DiskFormat::Raw);
@@ -115,9 +118,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     open::check_new_file("export", target)?;
     let layout = Layout::new(format, arguments.compress, &arguments.layout)?;
     if format != DiskFormat::Raw {
-        let report = other_format(&wanted, arguments, (format, &layout), target)?;
-        report.warnings.iter().for_each(|text| output.warn(text));
-        return output.report(&Exported(report));
+        return finish(other_format(&wanted, arguments, (format, &layout), target)?, output);
     }
     let request = open::resolve(&wanted)?;
     let which = match &request.descriptor {
@@ -135,8 +136,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let job = Job::begin(output, limit_bytes(arguments.limit))?;
     if target != Path::new("-") {
         let report = export(&options, target, &job.meter())?;
-        report.warnings.iter().for_each(|text| output.warn(text));
-        return output.report(&Exported(report));
+        return finish(report, output);
     }
     if arguments.no_verify {
         return Err(Error::new(
@@ -157,6 +157,19 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     report.warnings.iter().for_each(|text| output.warn(text));
     // stdout is the disk: programs read the figures from stderr.
     job.progress().done(&serde_json::json!(report));
+    refuse_success(&report.disagreements, EXPORTED, output)?;
+    Ok(())
+}
+
+/// What a file that was written is worth.
+const EXPORTED: &str = "what is there was exported";
+
+/// Reports a file that was written.
+fn finish(report: ExportReport, output: &Output) -> Outcome {
+    report.warnings.iter().for_each(|text| output.warn(text));
+    let report = Exported(report);
+    output.report(&report)?;
+    refuse_success(&report.0.disagreements, EXPORTED, output)?;
     Ok(())
 }
 
@@ -188,6 +201,10 @@ fn other_format(
     if let Some(encryption) = encryption.filter(|_| !arguments.ciphertext) {
         return Err(ploop_core::ops::open::ciphertext_refused("export", &encryption).at_path(target));
     }
+    let disagreements = match &request.descriptor {
+        Some(descriptor) => agreement::of_disk(descriptor, open::snapshot_of(&request)?)?,
+        None => Vec::new(),
+    };
     signals::hold()?;
     let served = serving::start(request, &ServeOptions { without_device: true, ..ServeOptions::default() })?;
     let written = qemu::Unfinished::beside(target).and_then(|file| {
@@ -199,6 +216,7 @@ fn other_format(
             disk_bytes,
             host_bytes: Some(host_bytes),
             warnings,
+            disagreements,
         })
     });
     let ended = serving::end(&served);

@@ -147,6 +147,15 @@ impl Report for Whole<'_> {
                 "             {} clusters, {} free inside, {} of {} neighbours apart",
                 image.allocated_clusters, image.free_clusters, image.breaks, image.neighbours
             )?;
+            for bitmap in &image.bitmaps {
+                let id = bitmap.id.as_deref().unwrap_or("without a name");
+                let valid = bitmap.invalid.as_ref().map_or_else(
+                    || "valid".to_owned(),
+                    |why| format!("not valid, all counts as dirty: {why}"),
+                );
+                let granularity = human_bytes(bitmap.granularity_bytes);
+                writeln!(out, "             dirty bitmap {id}, {granularity} for a bit, {valid}")?;
+            }
             if let Some(problem) = &image.problem {
                 writeln!(out, "             problem: {problem}")?;
             }
@@ -164,6 +173,9 @@ impl Report for Whole<'_> {
                     partition.kind
                 )?;
             }
+        }
+        for found in &disk.disagreements {
+            writeln!(out, "problem:     {}", found.describe())?;
         }
         if let Some(used) = &self.file_system {
             // Read by scripts, which look for the first word.

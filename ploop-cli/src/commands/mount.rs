@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use clap::ValueEnum;
-use ploop_core::device::runtime::PartitionRange;
+use ploop_core::device::runtime::{OpenRequest, PartitionRange};
 use ploop_core::error::shown;
 use ploop_core::format::Guid;
+use ploop_core::format::agreement::Disagreement;
+use ploop_core::ops::agreement;
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
+use crate::accepting::{Accepting, refuse_success};
 use crate::args;
 use crate::disk_bytes::ShownDisk;
 use crate::exit::Outcome;
@@ -99,6 +102,8 @@ pub(crate) struct Arguments {
     /// Take images that lie outside of the bundle, as a linked clone has them, from this folder; may be repeated. With -r
     #[arg(long = "allow-parent", value_name = "DIR")]
     parents: Vec<PathBuf>,
+    #[command(flatten)]
+    accepting: Accepting,
 
     /// DiskDescriptor.xml or its folder, or image files, base first
     #[arg(value_name = "DISK", required = true)]
@@ -125,6 +130,8 @@ pub(crate) struct Mounted {
     disk_bytes: Option<u64>,
     partition: Option<PartitionRange>,
     read_only: bool,
+    /// Why what it shows is not the whole disk, or not the disk; only of a disk mounted for reading.
+    disagreements: Vec<Disagreement>,
 }
 
 impl Report for Mounted {
@@ -158,6 +165,7 @@ impl Arguments {
             on_full: full_host::Options::default(),
             allow_reclaim_stall: false,
             parents: Vec::new(),
+            accepting: Accepting::default(),
             disks: vec![disk],
         }
     }
@@ -174,7 +182,11 @@ impl Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
-    output.report(&serve(arguments, output)?)
+    let mounted = serve(arguments, output)?;
+    output.report(&mounted)?;
+    let done = format!("mounted for reading as {}", mounted.device.display());
+    refuse_success(&mounted.disagreements, &done, output)?;
+    Ok(())
 }
 
 /// Serves a disk and mounts it where that is asked for. Whatever fails is undone.
@@ -187,11 +199,14 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
         cluster_sectors: arguments.cluster_sectors,
         snapshot: arguments.snapshot.clone(),
         parents: arguments.parents.clone(),
+        accepted: arguments.accepting.into(),
     })?;
     if arguments.mount_point.is_some() || arguments.check {
         open::refuse_encrypted(&request, "mount its file system")?;
     }
     open::oddities_of(&request)?.1.iter().for_each(|text| output.warn(text));
+    // Before it is served: for writing its server refuses them.
+    let disagreements = if read_only { disagreements(&request)? } else { Vec::new() };
     let mount_point = arguments.mount_point.as_deref().map(check_mount_point).transpose()?;
     // Beside the base image of a disk with a descriptor that is written to; a backup's own use of it says nothing about it.
     let is_remembered = !read_only && arguments.component.is_none() && request.descriptor.is_some();
@@ -221,6 +236,7 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             disk_bytes: served.entry.state()?.size_bytes,
             partition: served.state.partition,
             read_only,
+            disagreements,
         }),
         Err(error) => {
             if let Err(second) = serving::end(&served) {
@@ -245,6 +261,14 @@ fn tell_of_others(served: &Served, output: &Output) {
             table.summary()
         ));
     }
+}
+
+/// What contradicts the descriptor in the disk that is to be opened, as far as it is not accepted.
+fn disagreements(request: &OpenRequest) -> Result<Vec<Disagreement>> {
+    let Some(descriptor) = &request.descriptor else { return Ok(Vec::new()) };
+    let mut found = agreement::of_disk(descriptor, open::snapshot_of(request)?)?;
+    found.retain(|found| !found.is_accepted(request.accepted));
+    Ok(found)
 }
 
 /// A name that the original would take as well: it goes into a field of 64 bytes.

@@ -19,6 +19,7 @@ use ploop_core::{Error, ErrorKind, Result};
 use ploop_server::holders::Holders;
 use serde::Serialize;
 
+use crate::accepting::Accepting;
 use crate::args;
 use crate::disk_bytes::{DiskBytes, ShownDisk};
 use crate::exit::Outcome;
@@ -72,6 +73,9 @@ pub(crate) struct Arguments {
     /// short; see `ploop mount`
     #[arg(long)]
     allow_reclaim_stall: bool,
+
+    #[command(flatten)]
+    accepting: Accepting,
 
     /// DiskDescriptor.xml or its folder, an image file, or the device or mount point of a mounted disk
     #[arg(value_name = "DISK")]
@@ -135,6 +139,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         }
         Target::Closed(request) => {
             open::refuse_encrypted(&request, "resize what is inside")?;
+            let request = OpenRequest { accepted: arguments.accepting.into(), ..request };
             closed_disk(arguments, &request, output)?
         }
     };

@@ -8,7 +8,9 @@ mod end_to_end;
 mod errors;
 mod foreign;
 mod forms;
+mod half_disks;
 mod hostile;
+mod looks;
 mod originals;
 #[path = "../../../ploop-core/tests/patience/mod.rs"]
 mod patience;

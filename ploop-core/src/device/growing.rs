@@ -233,6 +233,9 @@ fn empty_the_table(chain: &Chain, storage: &dyn Storage, plan: &ResizePlan) -> R
     Ok(())
 }
 
+/// So much of a longer table is written, not only reserved: that of 2 TiB in clusters of 1 MiB.
+const WRITTEN_BYTES_MAX: u64 = 8 << 20;
+
 /// Makes a range read as zeros, with blocks of its own.
 fn zero(storage: &dyn Storage, offset: FileOffset, len: u64) -> std::io::Result<()> {
     let end = offset.0 + len;
@@ -240,6 +243,10 @@ fn zero(storage: &dyn Storage, offset: FileOffset, len: u64) -> std::io::Result<
     write_zeros(storage, offset.0, head_end)?;
     if head_end == end {
         return Ok(());
+    }
+    // Blocks that are only reserved are a hole to the original's check. What takes long is not worth holding writes for.
+    if end - head_end <= WRITTEN_BYTES_MAX {
+        return write_zeros(storage, head_end, end);
     }
     match storage.allocate(head_end, end - head_end, Allocation::Zero) {
         Ok(()) => Ok(()),

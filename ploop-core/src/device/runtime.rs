@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::mount_table;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::agreement::Accepted;
 
 /// Overrides where the run-time folders are; for tests and for several installations side by side.
 pub const RUN_DIR_VARIABLE: &str = "PLOOP_RUN_DIR";
@@ -121,6 +122,9 @@ pub struct OpenRequest {
     /// Folders that images outside of the bundle may be taken from, absolute; read-only disks alone have any.
     #[serde(default)]
     pub parents: Vec<PathBuf>,
+    /// Contradictions between descriptor and images that its user takes as they are.
+    #[serde(default)]
+    pub accepted: Accepted,
 }
 
 /// The partition that the loop device shows.

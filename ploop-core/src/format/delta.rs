@@ -64,16 +64,18 @@ pub fn create_image(storage: &dyn Storage, options: &CreateOptions) -> Result<()
             error.advise("make room on the host file system, then remove the unfinished file")
         })?;
     let write = failed(ErrorKind::Write, "create image: write its table");
+    // All of it, zeros as well: blocks that are only reserved are a hole to the original's check.
+    let written_end = if options.preallocated { data_start } else { end };
     let mut first = 0;
-    while first < geometry.table_bytes() {
-        let end = (first + PIECE_BYTES).min(geometry.table_bytes().next_multiple_of(SECTOR_BYTES));
+    while first < written_end {
+        let end = (first + PIECE_BYTES).min(written_end);
         let mut piece = Vec::new();
         if first == 0 {
             piece.extend(Header::create(geometry)?.encode());
         }
         let entries_from = (first + piece.len() as u64 - HEADER_BYTES) / ENTRY_BYTES;
         let entries_to = ((end - HEADER_BYTES) / ENTRY_BYTES).min(u64::from(geometry.entries()));
-        if options.preallocated {
+        if options.preallocated && entries_from < entries_to {
             for index in (0u32..).skip(usize::try_from(entries_from).unwrap_or(usize::MAX)) {
                 if u64::from(index) >= entries_to {
                     break;
@@ -84,10 +86,6 @@ pub fn create_image(storage: &dyn Storage, options: &CreateOptions) -> Result<()
         }
         piece.resize(usize::try_from(end - first).unwrap_or(usize::MAX), 0);
         storage.write_all_at(first, &piece).map_err(write)?;
-        if !options.preallocated {
-            // The rest of the table is zeros, and the file was empty.
-            break;
-        }
         first = end;
     }
     if mutant::is_active(Mutant::NewImageUnsynced) {
@@ -303,6 +301,18 @@ impl Delta {
         let is_used = |cluster: FileCluster| verdict.used.contains(cluster.0);
         let found =
             extension::load(&self.storage, &image.bat.header(), file_bytes, &is_used).map_err(failed)?;
+        let claimed =
+            extension::claimed(&self.storage, &image.bat.header(), file_bytes, &is_used).map_err(failed)?;
+        if let Some(&cluster) = claimed.first() {
+            return Err(failed(
+                Error::new(
+                    ErrorKind::Corrupt,
+                    "open image for writing: a guest's entry names the cluster of the format extension, or of a stored bitmap",
+                )
+                .at_offset(self.geometry.file_offset(cluster).0)
+                .advise("check the image; `ploop check --repair` drops the extension or the bitmap, the guest keeps the bytes"),
+            ));
+        }
         summary.extension_dropped = found != Found::Absent;
         if let Found::Valid(extension) = found
             && let Some(feature) = extension.features.iter().find(|feature| feature.forbids_writing())

@@ -8,6 +8,7 @@ use std::io;
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::file::host_trouble;
 use crate::io::{Access, Folder, Storage, StorageExt, ownership};
 use crate::mutant::{self, Mutant};
 
@@ -210,18 +211,15 @@ fn temporary_name() -> String {
 }
 
 fn read_document(folder: &dyn Folder, name: &str) -> Result<Vec<u8>> {
-    let failed = |error: io::Error| {
-        let kind =
-            if error.kind() == io::ErrorKind::NotFound { ErrorKind::Descriptor } else { ErrorKind::Read };
-        let error = Error::io(kind, "read descriptor", error);
-        match kind {
-            ErrorKind::Descriptor => error.advise(
-                "check the path; `ploop restore-descriptor` makes one anew for an image without snapshots",
-            ),
-            _ => error,
-        }
+    // That there is none is a word about the disk; that it cannot be read is one about the host.
+    let open_failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => Error::io(ErrorKind::Descriptor, "read descriptor", error).advise(
+            "check the path; `ploop restore-descriptor` makes one anew for an image without snapshots",
+        ),
+        _ => host_trouble(ErrorKind::Open, "open descriptor", error),
     };
-    let storage = folder.open(name, Access::ReadOnly).map_err(failed)?;
+    let failed = |error: io::Error| host_trouble(ErrorKind::Read, "read descriptor", error);
+    let storage = folder.open(name, Access::ReadOnly).map_err(open_failed)?;
     let len = storage.len().map_err(failed)?;
     let len = usize::try_from(len).ok().filter(|&len| len <= DOCUMENT_BYTES_MAX).ok_or_else(|| {
         Error::new(ErrorKind::Descriptor, format!("read descriptor: {len} bytes are too many"))

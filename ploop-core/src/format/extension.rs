@@ -10,7 +10,7 @@ use md5::{Digest, Md5};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{IoBuf, Storage, StorageExt};
-use crate::units::{FileCluster, FileOffset, SECTOR_BYTES};
+use crate::units::{FileCluster, FileOffset, SECTOR_BYTES, Sectors};
 
 use super::geometry::{CLUSTER_SECTORS_MAX, Geometry};
 use super::header::{Header, InUse};
@@ -130,6 +130,45 @@ pub fn load(
         Ok(features) => Found::Valid(Extension { offset: FileOffset(offset), features }),
         Err(why) => Found::Invalid(why),
     })
+}
+
+/// The clusters of a believed extension and of its stored bitmaps that `is_used` names as well: a guest's entry leads there. What
+/// the guest reads in them was written as an extension or as a bitmap, or the other way round; its next write destroys that.
+pub(crate) fn claimed(
+    storage: &dyn Storage,
+    header: &Header,
+    file_bytes: u64,
+    is_used: &dyn Fn(FileCluster) -> bool,
+) -> Result<Vec<FileCluster>> {
+    let geometry = header.geometry();
+    let mut claimed = Vec::new();
+    if header.in_use() != InUse::ClosedWithExtension {
+        return Ok(claimed);
+    }
+    let mut look = |offset: u64| {
+        if let Ok(cluster) = u32::try_from(offset / geometry.cluster_bytes())
+            && offset >= geometry.data_start().0
+            && is_used(FileCluster(cluster))
+            && !claimed.contains(&FileCluster(cluster))
+        {
+            claimed.push(FileCluster(cluster));
+        }
+    };
+    if let Some(offset) = header.extension().and_then(Sectors::checked_bytes) {
+        look(offset);
+    }
+    // Where they are, whoever else is there.
+    if let Found::Valid(extension) = load(storage, header, file_bytes, &|_| false)? {
+        for feature in &extension.features {
+            let Ok(bitmap) = parse_bitmap(feature, geometry, file_bytes, &|_| false) else { continue };
+            for piece in &bitmap.pieces {
+                if let BitmapPiece::At(offset) = piece {
+                    look(offset.0);
+                }
+            }
+        }
+    }
+    Ok(claimed)
 }
 
 fn is_free_cluster(

@@ -16,6 +16,7 @@
 //! Locks: `Bat` before `ClusterAllocator`; neither is held while the other side of this layer is called.
 
 mod adopt;
+pub mod agreement;
 pub(crate) mod alloc;
 pub(crate) mod bat;
 pub mod chain;

@@ -265,6 +265,57 @@ pub fn load(storage: &dyn Storage) -> Result<Vec<Loaded>> {
     Ok(loaded)
 }
 
+/// A stored bitmap, as far as its record tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listed {
+    /// Its name, in textual order of a UUID, if that much is there.
+    pub(crate) id: Option<[u8; 16]>,
+    /// Sectors that one bit stands for; 0 if that is not known.
+    pub(crate) granularity_sectors: u32,
+    /// Why it counts as "everything is dirty", if it does.
+    pub(crate) invalid: Option<String>,
+}
+
+/// The bitmaps of an image whose table was looked at, without their bits, and the clusters that they and the extension take.
+pub(crate) fn list(
+    storage: &dyn Storage,
+    header: &Header,
+    file_bytes: u64,
+    survey: &Survey,
+) -> Result<(Vec<Listed>, ClusterSet)> {
+    let mut taken = ClusterSet::default();
+    let found = extension::load(storage, header, file_bytes, &|cluster| survey.is_taken(cluster))?;
+    let extension = match found {
+        Found::Absent => return Ok((Vec::new(), taken)),
+        Found::Invalid(why) => {
+            let none = Listed { id: None, granularity_sectors: 0, invalid: Some(why) };
+            return Ok((vec![none], taken));
+        }
+        Found::Valid(extension) => extension,
+    };
+    let geometry = header.geometry();
+    taken.insert(cluster_at(geometry, extension.offset).unwrap_or(0));
+    let mut listed = Vec::new();
+    for feature in extension.features.iter().filter(|feature| feature.magic == DIRTY_BITMAP_MAGIC) {
+        let is_used = |cluster: FileCluster| survey.is_taken(cluster) || taken.contains(cluster.0);
+        let id = feature.data.get(8..24).and_then(|bytes| bytes.try_into().ok());
+        let granularity = feature.data.get(24..28).and_then(|bytes| bytes.try_into().ok());
+        let invalid = match extension::parse_bitmap(feature, geometry, file_bytes, &is_used) {
+            Ok(stored) => {
+                for piece in &stored.pieces {
+                    if let BitmapPiece::At(offset) = piece {
+                        taken.insert(cluster_at(geometry, *offset).unwrap_or(0));
+                    }
+                }
+                None
+            }
+            Err(why) => Some(why),
+        };
+        listed.push(Listed { id, granularity_sectors: granularity.map_or(0, u32::from_le_bytes), invalid });
+    }
+    Ok((listed, taken))
+}
+
 fn cluster_at(geometry: &Geometry, offset: FileOffset) -> Option<u32> {
     u32::try_from(offset.0 / geometry.cluster_bytes()).ok()
 }

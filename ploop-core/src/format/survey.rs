@@ -139,12 +139,35 @@ pub(crate) struct Survey {
     /// Words behind the last entry that are not 0, and where the first one stands.
     pub(crate) padding: u64,
     pub(crate) padding_at: Option<FileOffset>,
-    /// Neighbours of the disk that are not neighbours in the file.
-    pub(crate) fragments: u64,
+    /// Neighbours of the disk, and which are none in the file.
+    pub(crate) neighbours: Neighbours,
     /// For version 1: the distance from a cluster step that most entries behind the table have.
     pub(crate) phase_bytes: Option<u64>,
     /// The lowest entry behind the table, in bytes.
     pub(crate) lowest: Option<FileOffset>,
+}
+
+/// How scattered an image is: counted over its entries, in the order of the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Neighbours {
+    /// Pairs of clusters that follow each other on the disk.
+    pub(crate) pairs: u64,
+    /// Those among them that do not follow each other in the file.
+    pub(crate) breaks: u64,
+    last: Option<(GuestCluster, FileCluster)>,
+}
+
+impl Neighbours {
+    /// The next cluster of the disk, and its place.
+    pub(crate) fn add(&mut self, cluster: GuestCluster, place: FileCluster) {
+        if let Some((before, place_before)) = self.last
+            && before.0.checked_add(1) == Some(cluster.0)
+        {
+            self.pairs += 1;
+            self.breaks += u64::from(place_before.0.checked_add(1) != Some(place.0));
+        }
+        self.last = Some((cluster, place));
+    }
 }
 
 impl Survey {
@@ -196,7 +219,6 @@ pub(crate) fn survey(
         whole: geometry.clusters_in(file_bytes),
         quick: geometry.version() == Version::V2,
         phase_votes: 0,
-        before: None,
     };
     for_each_piece(storage, padding_end(geometry), &mut |at, piece| {
         for (_, cluster, raw) in entries_in(at, piece, geometry.entries()) {
@@ -220,8 +242,6 @@ struct Looking<'a> {
     /// Entries are cluster numbers: the common case needs no division.
     quick: bool,
     phase_votes: u64,
-    /// The entry before, for fragments.
-    before: Option<(u32, u32)>,
 }
 
 impl Looking<'_> {
@@ -245,13 +265,7 @@ impl Looking<'_> {
         match place {
             Place::Nowhere => {}
             Place::Slot(slot) => {
-                let follows = self.before.is_some_and(|(guest, place)| {
-                    guest.checked_add(1) == Some(cluster.0) && place.checked_add(1) == Some(slot.0)
-                });
-                if !follows && self.before.is_some() {
-                    found.fragments += 1;
-                }
-                self.before = Some((cluster.0, slot.0));
+                found.neighbours.add(cluster, slot);
                 self.within_span(found, cluster, slot)?;
                 if !found.used.insert(slot.0) {
                     self.note(found, cluster, raw, Finding::Shared);

@@ -84,6 +84,12 @@ pub fn classify(error: &io::Error, otherwise: ErrorKind) -> ErrorKind {
 
 /// Turns an I/O error into one that names the file, the operation and what to do.
 pub fn explain(error: io::Error, otherwise: ErrorKind, operation: &str, path: &Path) -> Error {
+    host_trouble(otherwise, operation, error).at_path(path)
+}
+
+/// Turns an I/O error into one that names the operation and what to do about the host: it says nothing about the bytes of an
+/// image.
+pub fn host_trouble(otherwise: ErrorKind, operation: &str, error: io::Error) -> Error {
     let advice = match error.kind() {
         io::ErrorKind::NotFound => Some("check the spelling of the path"),
         io::ErrorKind::PermissionDenied => Some("check the owner and mode of the file and of its folders"),
@@ -99,7 +105,20 @@ pub fn explain(error: io::Error, otherwise: ErrorKind, operation: &str, path: &P
         }
         _ => None,
     };
-    let explained = Error::io(classify(&error, otherwise), operation, error).at_path(path);
+    let advice = match error.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => {
+            Some("raise the limit of open files (`ulimit -n`), then try again")
+        }
+        Some(libc::ENAMETOOLONG) => Some("give the file a shorter name"),
+        Some(libc::EIO) => {
+            Some("the host's storage fails (see dmesg): copy what can still be read, then replace it")
+        }
+        Some(libc::ESTALE | libc::ENOTCONN | libc::ETIMEDOUT) => {
+            Some("its network file system does not answer: mount it anew, then try again")
+        }
+        _ => advice,
+    };
+    let explained = Error::io(classify(&error, otherwise), operation, error);
     match advice {
         Some(advice) => explained.advise(advice),
         None => explained,
@@ -114,6 +133,8 @@ pub struct FileStorage {
     alignment: Alignment,
     is_direct: bool,
     is_block_device: bool,
+    /// Whether its file system is believed when it says that something is a hole.
+    tells_holes: bool,
     /// What the file system has refused once is not asked for again.
     punch_refused: AtomicBool,
     zero_refused: AtomicBool,
@@ -159,7 +180,9 @@ impl FileStorage {
             Caching::Cached => None,
         };
         sys::set_direct(file.as_fd(), alignment.is_some())?;
+        let tells_holes = sys::tells_holes(file.as_fd());
         Ok(Self {
+            tells_holes,
             file,
             path: path.as_ref().to_path_buf(),
             alignment: alignment.unwrap_or(Alignment::NONE),
@@ -339,8 +362,25 @@ impl Storage for FileStorage {
         if offset >= end {
             return Ok(None);
         }
+        if !self.tells_holes {
+            return Ok(Some((offset, end)));
+        }
         match sys::next_data(self.file.as_fd(), offset) {
             Err(error) if is_refusal(&error) => Ok(Some((offset, end))),
+            other => other,
+        }
+    }
+
+    fn next_written(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let end = self.len()?;
+        if offset >= end {
+            return Ok(None);
+        }
+        if self.is_block_device {
+            return Ok(Some((offset, end)));
+        }
+        match sys::next_written(self.file.as_fd(), offset, end) {
+            Err(error) if is_refusal(&error) => Err(io::ErrorKind::Unsupported.into()),
             other => other,
         }
     }

@@ -108,6 +108,10 @@ impl<S: Storage> Storage for Latched<S> {
         self.inner.next_data(offset)
     }
 
+    fn next_written(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        self.inner.next_written(offset)
+    }
+
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.inner.allocated_bytes()
     }

@@ -92,6 +92,12 @@ pub trait Storage: Send + Sync {
         let end = self.len()?;
         Ok((offset < end).then_some((offset, end)))
     }
+    /// The first run at or after `offset` whose blocks are surely written, as `(start, end)`: neither holes nor blocks that are
+    /// only reserved; `None` when none follows. Fails with [`io::ErrorKind::Unsupported`] where nobody can tell. A
+    /// [`next_data`](Self::next_data) may also name what somebody has only read.
+    fn next_written(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        self.next_data(offset)
+    }
     /// Bytes the host has really given to this file, if it can tell.
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.len()
@@ -139,6 +145,9 @@ impl<S: Storage + ?Sized> Storage for Arc<S> {
     }
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         (**self).next_data(offset)
+    }
+    fn next_written(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        (**self).next_written(offset)
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
         (**self).allocated_bytes()

@@ -31,6 +31,9 @@ mod ioctl {
     nix::ioctl_read!(block_device_bytes, 0x12, 114, u64);
     nix::ioctl_readwrite!(trim, b'X', 121, super::TrimRange);
     nix::ioctl_read!(btrfs_info, 0x94, 31, super::BtrfsInfo);
+    // Declared in the kernel with the head alone, which the extents follow.
+    pub(super) const FIEMAP: nix::libc::Ioctl =
+        nix::request_code_readwrite!(b'f', 11, 32) as nix::libc::Ioctl;
 }
 
 /// The argument of the kernel's FITRIM, in bytes; the kernel sets `len` to what it has discarded.
@@ -144,6 +147,98 @@ pub fn next_data(file: BorrowedFd<'_>, offset: u64) -> io::Result<Option<(u64, u
     };
     let positive = |at: i64| u64::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidData));
     Ok(Some((positive(start)?, positive(end)?)))
+}
+
+/// Extents asked for at a time.
+const EXTENTS: usize = 64;
+
+/// Where a run of a file lies: `struct fiemap_extent`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct FileExtent {
+    logical: u64,
+    physical: u64,
+    length: u64,
+    reserved64: [u64; 2],
+    flags: u32,
+    reserved: [u32; 3],
+}
+
+/// The argument of FS_IOC_FIEMAP: `struct fiemap`.
+#[repr(C)]
+struct FileMap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+    extents: [FileExtent; EXTENTS],
+}
+
+/// Write what is in the cache before answering.
+const FIEMAP_FLAG_SYNC: u32 = 0x1;
+/// No extent follows this one.
+const FIEMAP_EXTENT_LAST: u32 = 0x1;
+/// Where it lies is not known, not yet decided, encoded, shared with a block of metadata, or only reserved: `UNKNOWN`,
+/// `DELALLOC`, `ENCODED`, `NOT_ALIGNED`, `DATA_INLINE`, `DATA_TAIL`, `UNWRITTEN`.
+const FIEMAP_EXTENT_DOUBTFUL: u32 = 0x2 | 0x4 | 0x8 | 0x100 | 0x200 | 0x400 | 0x800;
+
+/// The first run of blocks at or after `offset`, and before `end`, that are surely written; `None` when none follows. An error
+/// of the kind "not supported" where the file system does not tell.
+pub fn next_written(file: BorrowedFd<'_>, offset: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+    let mut at = offset;
+    while at < end {
+        let mut map = FileMap {
+            start: at,
+            length: end - at,
+            flags: FIEMAP_FLAG_SYNC,
+            mapped_extents: 0,
+            extent_count: EXTENTS as u32,
+            reserved: 0,
+            extents: [FileExtent::default(); EXTENTS],
+        };
+        // SAFETY: the descriptor is open for the call; the argument is the structure the kernel reads, with room for as many
+        // extents as it says, and outlives the call.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), ioctl::FIEMAP, &raw mut map) };
+        match Errno::result(result) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(Errno::ENOTTY | Errno::EBADR | Errno::EOPNOTSUPP) => return Err(Errno::EOPNOTSUPP.into()),
+            Err(error) => return Err(error.into()),
+        }
+        let count = usize::try_from(map.mapped_extents).unwrap_or(EXTENTS).min(EXTENTS);
+        for extent in &map.extents[..count] {
+            let extent_end = extent.logical.saturating_add(extent.length);
+            if extent.flags & FIEMAP_EXTENT_DOUBTFUL == 0 && extent_end > offset && extent.logical < end {
+                return Ok(Some((extent.logical.max(offset), extent_end.min(end))));
+            }
+        }
+        match map.extents[..count].last() {
+            Some(last) if last.flags & FIEMAP_EXTENT_LAST == 0 => {
+                let next = last.logical.saturating_add(last.length);
+                // A file system that makes no step would be asked for ever.
+                at = if next > at { next } else { end };
+            }
+            _ => break,
+        }
+    }
+    Ok(None)
+}
+
+/// File systems whose answers about holes have been untrue: those that know less than the machine that has the file (NFS, SMB,
+/// AFS, 9P, FUSE), and ZFS, which called data just written a hole.
+const UNTRUE_ABOUT_HOLES: [i64; 8] =
+    [0x6969, 0x517B, 0xFE53_4D42, 0xFF53_4D42, 0x5346_414F, 0x0102_1997, 0x6573_5546, 0x2FC1_2FC1];
+
+/// Whether the file system of `file` is believed when it says that something is a hole.
+pub fn tells_holes(file: BorrowedFd<'_>) -> bool {
+    nix::sys::statfs::fstatfs(file).is_ok_and(|found| !is_untrue(found.filesystem_type().0 as i64))
+}
+
+/// By the number of a file system, which some machines have signed.
+fn is_untrue(number: i64) -> bool {
+    UNTRUE_ABOUT_HOLES.contains(&(number & 0xFFFF_FFFF))
 }
 
 /// Size of a block device in bytes.
@@ -591,5 +686,18 @@ mod tests {
         let folder = open_folder(std::path::Path::new("/proc")).unwrap();
         assert!(freeze_file_system(folder.as_fd()).is_err());
         assert!(thaw_file_system(folder.as_fd()).is_err());
+    }
+
+    #[test]
+    fn which_file_systems_are_believed() {
+        let place = tempfile::tempdir().unwrap();
+        let file = File::create(place.path().join("a")).unwrap();
+        let proc = File::open("/proc/self/status").unwrap();
+        // Neither is on the list; a file system that is says so by its number.
+        assert!(tells_holes(file.as_fd()) && tells_holes(proc.as_fd()));
+        assert!(UNTRUE_ABOUT_HOLES.contains(&nix::libc::NFS_SUPER_MAGIC) && is_untrue(0x6573_5546));
+        assert!(is_untrue(0x2FC1_2FC1) && is_untrue(0xFF53_4D42) && !is_untrue(0xEF53));
+        // As a negative number, where the field of the kernel is a signed one of 32 bits.
+        assert!(is_untrue(i64::from(0xFF53_4D42_u32 as i32)));
     }
 }

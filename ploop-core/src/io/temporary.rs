@@ -4,6 +4,7 @@
 //! owns an image; the kernel takes it back when the program ends, however it ends. So a later program that makes `NAME` may
 //! remove those that nobody holds. The lock goes with the open file: keep that until the file has its name.
 
+use std::borrow::Cow;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -12,6 +13,34 @@ use super::{Access, Folder};
 
 /// The byte that is locked.
 const BUILDER_BYTE: u64 = (1 << 62) + 1;
+
+/// Longest name of a file in bytes.
+const NAME_BYTES_MAX: usize = 255;
+/// Most bytes that any of our programs appends to the name of a file for one of its own: `.incoming-`, the number of a copy,
+/// that of a delta and `-plan`.
+const SUFFIX_BYTES_MAX: usize = 64;
+/// Digits of the hash that stands for the end of a name.
+const HASH_DIGITS: usize = 16;
+
+/// What names of our own files for `file` begin with: its name, if there is room behind it for what we append; else its
+/// start and a hash of all of it, always the same for the same name.
+pub fn stem(file: &str) -> Cow<'_, str> {
+    let room = NAME_BYTES_MAX - SUFFIX_BYTES_MAX;
+    if file.len() <= room {
+        return Cow::Borrowed(file);
+    }
+    let mut end = room - HASH_DIGITS - 1;
+    while !file.is_char_boundary(end) {
+        end -= 1;
+    }
+    let hash = blake3::hash(file.as_bytes()).to_hex();
+    Cow::Owned(format!("{}~{}", &file[..end], &hash[..HASH_DIGITS]))
+}
+
+/// A temporary name of `file` that nobody else chooses.
+pub fn new_name(file: &str, random: &str) -> String {
+    format!("{}.tmp.{}", stem(file), random.trim_matches(['{', '}']))
+}
 
 /// Says that `file` is being written. `false` when somebody else says so.
 pub fn hold(file: BorrowedFd<'_>) -> io::Result<bool> {
@@ -22,9 +51,9 @@ pub fn hold(file: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
-/// Whether `name` is one of the temporary names of `file`: `FILE.tmp.` and a GUID, with or without hyphens.
+/// Whether `name` is one of the temporary names of `file`: its [`stem`], `.tmp.` and a GUID, with or without hyphens.
 pub fn is_name_of(name: &str, file: &str) -> bool {
-    let Some(random) = name.strip_prefix(file).and_then(|rest| rest.strip_prefix(".tmp.")) else {
+    let Some(random) = name.strip_prefix(&*stem(file)).and_then(|rest| rest.strip_prefix(".tmp.")) else {
         return false;
     };
     let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
@@ -76,6 +105,26 @@ mod tests {
             assert!(!is_name_of(other, "disk"), "{other}");
         }
         assert!(!is_name_of(PLAIN, "dis"));
+    }
+
+    #[test]
+    fn names_that_leave_no_room_are_shortened_and_stay_apart() {
+        assert_eq!(stem("disk"), "disk");
+        for unit in ["N", "\u{e9}", "\u{1f4be}"] {
+            let long = unit.repeat(255 / unit.len());
+            let name = new_name(&long, &PLAIN["disk.tmp.".len()..]);
+            assert!(
+                stem(&long).len() + SUFFIX_BYTES_MAX <= NAME_BYTES_MAX && is_name_of(&name, &long),
+                "{name}"
+            );
+            let mut other = long.clone();
+            other.pop();
+            assert!(stem(&other) != stem(&long) && !is_name_of(&name, &other));
+        }
+        for room in [190, 191, 192, 255] {
+            let name = "n".repeat(room);
+            assert!(stem(&name).len() <= 191 && (stem(&name) == name) == (room <= 191));
+        }
     }
 
     #[test]

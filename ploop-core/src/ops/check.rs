@@ -14,30 +14,30 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::survey::Survey;
 use crate::format::{
     DESCRIPTOR_NAME, Described, DiskDescriptor, Geometry, Guid, Image, InUse, Probe, Version, probe,
 };
 use crate::io::file::{self, DirectoryFolder};
 use crate::io::lock::{ImageLock, Ownership, shared_by_clones};
-use crate::io::{Access, Folder, Storage, StorageExt};
+use crate::io::{Access, Folder, Storage};
 use crate::ops::Progress;
+use crate::ops::agreement::Disagreement;
 use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use crate::ops::image_files::is_shared;
 use crate::ops::open::{Bundle, Place, ReadBundle, place};
 use crate::ops::repair::undo_file::UndoFile;
 use crate::ops::repair::{self, RepairReport, UndoReport};
-use crate::units::{FileCluster, Sectors};
+use crate::ops::space::space_of;
+use crate::units::Sectors;
 
 pub use finding::{Class, Count, EXAMPLES_MAX, Example, Findings, Kind};
-use image::{Examined, Plan, Standing};
+use image::{Examined, Standing};
 
 mod bundle;
 mod finding;
+mod holes;
 pub(crate) mod image;
-
-/// Zeros are written into holes in pieces of this many bytes.
-const PIECE_BYTES: u64 = 1 << 20;
+mod raw;
 
 /// What to check and what may be done about it.
 #[derive(Clone, Debug)]
@@ -58,6 +58,8 @@ pub struct CheckOptions {
     pub fill_holes: bool,
     /// The image is raw, in clusters of this size. For images without descriptor.
     pub raw_cluster: Option<Sectors>,
+    /// Size of the disk that a raw image should hold, where it is known. For images without descriptor.
+    pub raw_disk: Option<Sectors>,
     /// How long to wait for the descriptor's lock.
     pub lock_timeout: Duration,
 }
@@ -74,6 +76,7 @@ impl CheckOptions {
             repair: false,
             fill_holes: false,
             raw_cluster: None,
+            raw_disk: None,
             lock_timeout: lock_timeout(),
         }
     }
@@ -125,7 +128,9 @@ pub struct ImageCheck {
     pub allocated_clusters: u64,
     /// Clusters inside the file that nothing uses. No defect: they are used again.
     pub free_clusters: u64,
-    /// Neighbouring guest clusters that are no neighbours in the file.
+    /// Pairs of clusters that follow each other on the guest's disk and lie in this image.
+    pub neighbours: u64,
+    /// Those among them that do not follow each other in the file.
     pub fragments: u64,
     /// What was found.
     pub findings: Findings,
@@ -133,6 +138,9 @@ pub struct ImageCheck {
     pub repair: Option<RepairReport>,
     /// Bytes of holes that were filled with zeros.
     pub filled_hole_bytes: u64,
+    /// Of a raw image: what the header of an image at its start says, in sectors: disk and cluster.
+    #[serde(skip)]
+    pub(crate) header_in_raw: Option<(Sectors, Sectors)>,
 }
 
 /// What was found in a disk.
@@ -151,6 +159,8 @@ pub struct CheckReport {
     pub notes: Vec<String>,
     /// Left-over files that were removed.
     pub files_removed: Vec<String>,
+    /// What the images contradict the descriptor in: it keeps the disk from being written.
+    pub disagreements: Vec<Disagreement>,
     /// The exit code that says so: 0, 7, 11, 37, 38 or 39.
     pub exit_code: u8,
 }
@@ -159,6 +169,16 @@ impl CheckReport {
     /// The failure that this result amounts to for a command, if it does.
     pub fn failure(&self) -> Option<Error> {
         let kind = ErrorKind::from_exit_code(self.exit_code)?;
+        let is_damaged = self.images.iter().any(|image| image.outcome == Outcome::Damaged);
+        if let Some(found) = self.disagreements.iter().find(|found| found.failure().kind() == kind)
+            && !is_damaged
+        {
+            let message = match found {
+                Disagreement::Short { .. } => "check: a part of the disk is missing",
+                Disagreement::ImageSaidRaw { .. } => "check: the descriptor says that an image is raw",
+            };
+            return Some(Error::new(kind, message).advise(found.advice()));
+        }
         let (message, advice) = match kind {
             ErrorKind::InUse => (
                 "check: the image was not closed",
@@ -317,8 +337,16 @@ fn open_locked(
     path: &Path,
     access: Access,
 ) -> Result<(Arc<dyn Storage>, Option<ImageLock>)> {
-    let storage =
-        folder.open(name, access).map_err(|error| file::explain(error, ErrorKind::Open, "open", path))?;
+    let storage = folder.open(name, access).map_err(|error| match (access, error.kind()) {
+        (Access::ReadWrite, std::io::ErrorKind::ReadOnlyFilesystem) => {
+            Error::io(ErrorKind::Write, "check: a repair must write, and the file system is read-only", error)
+                .at_path(path)
+                .advise(
+                    "give -r to look only; to repair, remount the file system for writing or repair a copy",
+                )
+        }
+        _ => file::explain(error, ErrorKind::Open, "open", path),
+    })?;
     let ownership = match access {
         Access::ReadOnly => Ownership::Reader,
         Access::ReadWrite => Ownership::Writer,
@@ -379,7 +407,7 @@ fn check_unnamed(
     progress: &dyn Progress,
 ) -> Result<ImageCheck> {
     if let Some(cluster) = options.raw_cluster {
-        return check_raw(folder, name, path, standing, cluster, options);
+        return raw::check_raw(folder, name, path, cluster, options);
     }
     let (was_open, shared) = {
         let (storage, _lock) = open_locked(folder, name, path, Access::ReadOnly)?;
@@ -398,29 +426,52 @@ fn check_unnamed(
     };
     // What clones share is only looked at, as long as nothing is wrong with it.
     let level = if shared { None } else { level(options, was_open, standing) };
-    let access = if level.is_some() || (fills_holes(options) && !shared) {
-        Access::ReadWrite
-    } else {
-        Access::ReadOnly
-    };
-    let (storage, _lock) = open_locked(folder, name, path, access)?;
+    // As a reader first: who finds nothing to repair needs no right to write, on no medium. A repair that was told, and may
+    // have been cut, begins with what it left.
+    let mut access = if level == Some(Class::C) { Access::ReadWrite } else { Access::ReadOnly };
+    let (mut storage, mut lock) = open_locked(folder, name, path, access)?;
     let resumed = match level {
         Some(Class::C) => repair::resume(folder, name, &storage, progress)?,
         _ => None,
     };
-    let mut examined = look(&storage, standing, progress)?;
+    let mut examined = examine(&storage, standing, progress)?;
+    let repairs = |examined: &Examined| {
+        // Told to repair, what forbids it is an error; else it is left as it is.
+        let is_allowed =
+            examined.plan.as_ref().is_some_and(|plan| plan.forbidden.is_none() || options.repair);
+        let findings = &examined.findings;
+        level >= findings.worst()
+            && is_allowed
+            && findings.is_repairable()
+            && !findings.has_unrepairable_damage()
+    };
+    let fills = |outcome: Outcome| fills_holes(options) && !shared && outcome <= Outcome::Repaired;
+    if access == Access::ReadOnly && (repairs(&examined) || fills(Outcome::Repaired)) {
+        // What is harmless, and was not asked for, may stay on a medium that takes no writes.
+        let may_stay = examined.findings.worst() <= Some(Class::A)
+            && examined.findings.total(Kind::NotClosed) == 0
+            && !fills_holes(options);
+        drop((storage, lock));
+        match open_locked(folder, name, path, Access::ReadWrite) {
+            Ok(opened) => {
+                (storage, lock) = opened;
+                access = Access::ReadWrite;
+            }
+            Err(error) if may_stay && is_read_only(&error) => {
+                (storage, lock) = open_locked(folder, name, path, Access::ReadOnly)?;
+            }
+            Err(error) => return Err(error),
+        }
+        examined = examine(&storage, standing, progress)?;
+    }
     if shared && options.repair && !options.read_only && examined.findings.worst() > Some(Class::A) {
         return Err(shared_by_clones(path));
     }
     let mut result = result_of(path, &examined);
     result.repair = resumed;
-    let may = level >= examined.findings.worst();
-    // Told to repair, what forbids it is an error; else it is left as it is.
-    let is_allowed = examined.plan.as_ref().is_some_and(|plan| plan.forbidden.is_none() || options.repair);
-    let is_repairable = is_allowed && examined.findings.is_repairable();
-    if may && is_repairable && !examined.findings.has_unrepairable_damage() {
+    if access == Access::ReadWrite && repairs(&examined) {
         let report = repair::repair(folder, name, &storage, &examined, progress)?;
-        let after = look(&storage, standing, progress)?;
+        let after = examine(&storage, standing, progress)?;
         if after.findings.is_repairable() {
             // Not expected; to say "repaired" would be a lie.
             result.findings = after.findings.clone();
@@ -429,25 +480,31 @@ fn check_unnamed(
         }
         result.not_closed = false;
         result.repair = Some(RepairReport { resumed: result.repair.is_some(), ..report });
+        set_figures(&mut result, &after);
         examined = after;
     } else if result.repair.is_some() && examined.findings.is_empty() {
         result.outcome = Outcome::Repaired;
     }
-    if fills_holes(options)
-        && !shared
-        && result.outcome <= Outcome::Repaired
+    if fills(result.outcome)
         && let Some(plan) = &examined.plan
     {
-        result.filled_hole_bytes = fill_holes(&storage, plan, progress)?;
+        result.filled_hole_bytes = holes::fill(&storage, plan, progress)?;
     }
+    drop((storage, lock));
     Ok(result)
+}
+
+/// Whether an error says that the file's medium takes no writes.
+fn is_read_only(error: &Error) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<std::io::Error>());
+    source.is_some_and(|cause| cause.kind() == std::io::ErrorKind::ReadOnlyFilesystem)
 }
 
 fn fills_holes(options: &CheckOptions) -> bool {
     options.fill_holes && !options.read_only
 }
 
-fn look(storage: &dyn Storage, standing: Standing, progress: &dyn Progress) -> Result<Examined> {
+fn examine(storage: &dyn Storage, standing: Standing, progress: &dyn Progress) -> Result<Examined> {
     progress.begin("check the table", 0);
     let examined = image::examine(storage, standing)?;
     progress.end();
@@ -471,10 +528,12 @@ fn summary(path: &Path, file_bytes: u64, geometry: Option<&Geometry>) -> ImageCh
         entries: geometry.map_or(0, |geometry| u64::from(geometry.entries())),
         allocated_clusters: 0,
         free_clusters: 0,
+        neighbours: 0,
         fragments: 0,
         findings: Findings::default(),
         repair: None,
         filled_hole_bytes: 0,
+        header_in_raw: None,
     }
 }
 
@@ -487,99 +546,20 @@ fn result_of(path: &Path, examined: &Examined) -> ImageCheck {
     };
     let geometry = examined.plan.as_ref().map(|plan| plan.header.geometry());
     let mut result = summary(path, examined.file_bytes, geometry);
-    if let Some(plan) = &examined.plan {
-        result.allocated_clusters = plan.survey.allocated;
-        result.fragments = plan.survey.fragments;
-        result.free_clusters = free_inside(&plan.survey, plan);
-    }
+    set_figures(&mut result, examined);
     result.not_closed = findings.total(Kind::NotClosed) > 0;
     ImageCheck { outcome, findings, ..result }
 }
 
-/// Clusters below the highest in use that nothing names.
-fn free_inside(survey: &Survey, plan: &Plan) -> u64 {
-    let first = plan.header.geometry().first_data_cluster().0;
-    let span = u64::from(plan.fresh.saturating_sub(first));
-    let taken = survey.used.count() + survey.skewed.count() + plan.extension_clusters.count();
-    span.saturating_sub(taken)
-}
-
-/// A raw image has no header: only its length can be wrong.
-fn check_raw(
-    folder: &dyn Folder,
-    name: &str,
-    path: &Path,
-    standing: Standing,
-    cluster: Sectors,
-    options: &CheckOptions,
-) -> Result<ImageCheck> {
-    let may_write = level(options, false, standing).is_some();
-    let access = if may_write { Access::ReadWrite } else { Access::ReadOnly };
-    let (storage, _lock) = open_locked(folder, name, path, access)?;
-    let file_bytes = storage
-        .len()
-        .map_err(|source| Error::io(ErrorKind::Stat, "check: read the file's length", source))?;
-    let geometry = Geometry::raw(cluster, file_bytes)?;
-    let mut result = summary(path, file_bytes, Some(&geometry));
-    result.allocated_clusters = result.entries;
-    let whole = file_bytes.next_multiple_of(geometry.cluster_bytes());
-    if whole == file_bytes {
-        return Ok(result);
-    }
-    let detail = format!("{file_bytes} bytes in clusters of {}", geometry.cluster_bytes());
-    result.findings.add(Kind::RawLength, Class::A, Some(file_bytes), detail);
-    result.outcome = Outcome::Harmless;
-    if may_write {
-        storage
-            .set_len(whole)
-            .map_err(|source| Error::io(ErrorKind::Truncate, "repair: extend the image", source))?;
-        storage.sync_data().map_err(|source| Error::io(ErrorKind::Sync, "repair: sync the image", source))?;
-        result.outcome = Outcome::Repaired;
-        result.repair = Some(RepairReport {
-            file_bytes_before: file_bytes,
-            file_bytes: whole,
-            ..RepairReport::default()
-        });
-    }
-    Ok(result)
-}
-
-/// Writes zeros over holes of the host file inside clusters in use: old kernels served such files past their file
-/// system. The content stays what it is.
-fn fill_holes(storage: &dyn Storage, plan: &Plan, progress: &dyn Progress) -> Result<u64> {
-    let geometry = plan.header.geometry();
-    let failed = |kind| move |source| Error::io(kind, "fill the holes of the image", source);
-    let mut filled = 0;
-    progress.begin("fill holes", 0);
-    let zeros = vec![0; usize::try_from(PIECE_BYTES).unwrap_or(0)];
-    let mut fill = |start: u64, end: u64| -> Result<()> {
-        let mut at = start;
-        while at < end {
-            let data = storage.next_data(at).map_err(failed(ErrorKind::Read))?;
-            let hole_end = data.map_or(end, |(data_start, _)| data_start.min(end));
-            while at < hole_end {
-                let len = PIECE_BYTES.min(hole_end - at);
-                let piece = &zeros[..usize::try_from(len).unwrap_or(0)];
-                storage.write_all_at(at, piece).map_err(failed(ErrorKind::Write))?;
-                filled += len;
-                at += len;
-                progress.advance(len)?;
-            }
-            at = data.map_or(end, |(_, data_end)| data_end.max(at));
-        }
-        Ok(())
-    };
-    fill(0, geometry.data_start().0)?;
-    let last = plan.survey.used.highest().map_or(0, |last| last.saturating_add(1));
-    for cluster in
-        (geometry.first_data_cluster().0..last).filter(|&cluster| plan.survey.used.contains(cluster))
-    {
-        let start = geometry.file_offset(FileCluster(cluster)).0;
-        fill(start, start + geometry.cluster_bytes())?;
-    }
-    storage.sync_data().map_err(failed(ErrorKind::Sync))?;
-    progress.end();
-    Ok(filled)
+/// The figures that `info` has, too.
+fn set_figures(result: &mut ImageCheck, examined: &Examined) {
+    let Some(plan) = &examined.plan else { return };
+    let lengths = (examined.file_bytes, 0);
+    let extension = plan.extension_clusters.count();
+    let space = space_of(&plan.survey, extension, plan.header.geometry(), lengths);
+    result.allocated_clusters = space.allocated_clusters;
+    result.free_clusters = space.free_clusters;
+    (result.neighbours, result.fragments) = (space.neighbours, space.breaks);
 }
 
 /// Puts the parts of a report together.
@@ -608,9 +588,10 @@ fn conclude(
     let damaged_images = images.iter().any(|image| image.outcome == Outcome::Damaged);
     let not_closed = images.iter().any(|image| image.not_closed);
     let has = |kind: Kind| findings.counts.iter().any(|row| row.kind == kind && row.class > Class::A);
-    let failure = if damaged_images {
+    // Of what is no raw image, the length of a raw image says nothing.
+    let failure = if damaged_images || has(Kind::MissingEnd) && !has(Kind::SaidRaw) {
         Some(ErrorKind::Corrupt)
-    } else if has(Kind::Missing) || has(Kind::BrokenChain) {
+    } else if has(Kind::Missing) || has(Kind::BrokenChain) || has(Kind::SaidRaw) {
         Some(ErrorKind::Descriptor)
     } else if has(Kind::Mismatch) {
         Some(ErrorKind::Parameter)
@@ -628,9 +609,12 @@ fn conclude(
         images,
         notes: Vec::new(),
         files_removed,
+        disagreements: Vec::new(),
         exit_code: failure.map_or(0, ErrorKind::exit_code),
     }
 }
 
+#[cfg(test)]
+mod faults;
 #[cfg(test)]
 mod tests;

@@ -27,7 +27,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Chain, DESCRIPTOR_NAME, DiskDescriptor, Guid, InUse, RawHeader};
 use crate::io::buffer::is_zero;
 use crate::io::file::{self, DirectoryFolder};
+use crate::io::temporary::stem;
 use crate::io::{Access, Folder, Storage, StorageExt, sys};
+use crate::ops::agreement;
 use crate::ops::image_files::{exists, open_chain, open_image, source};
 use crate::ops::merge::OpenBundle;
 use crate::ops::open::check_readable;
@@ -158,6 +160,9 @@ pub fn clone_in(
     let descriptor = parts.descriptor;
     let state = parts.state.unwrap_or(descriptor.top_guid());
     check_readable(descriptor, state)?;
+    if let Some(found) = agreement::of_state(base, descriptor, state)?.first() {
+        return Err(found.failure());
+    }
     // Shared, the image that such a merge writes into could not be finished, neither here nor there.
     for image in descriptor.chain_for(state)? {
         let transition = descriptor.shot(image.guid()).and_then(|shot| shot.transition());
@@ -197,7 +202,7 @@ pub fn clone_in(
     }
     let frozen = if state == descriptor.top_guid() { Guid::random() } else { state };
     // Always the same name for the same state: what a clone that was cut has left is found again.
-    let own = format!("{}.{state}", names.first().map_or("image", String::as_str));
+    let own = format!("{}.{state}", stem(names.first().map_or("image", String::as_str)));
     let new = descriptor.clone_of(state, frozen, &names, &own)?;
     remove_left_over(folder, &own)?;
     for (storage, name) in storages.iter().zip(&names) {

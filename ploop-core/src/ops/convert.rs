@@ -18,13 +18,14 @@ use serde::Serialize;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{Geometry, Version};
 use crate::format::{
-    self, Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Guid, Mode, Source, create_image,
+    self, Chain, ChainOptions, DESCRIPTOR_NAME, DiskDescriptor, Guid, Mode, Source, create_image, image_name,
 };
 use crate::io::file::{self, DirectoryFolder};
 use crate::io::lock::{ImageLock, Ownership};
 use crate::io::{Access, Folder, Storage, ownership};
 use crate::units::Sectors;
 
+use super::agreement;
 use super::create::version_number;
 use super::descriptor_lock::{DescriptorLock, lock_timeout};
 use super::image_files::remove_obsolete;
@@ -147,6 +148,7 @@ pub fn convert_in(
             .advise("convert twice: first -f, then -v"));
     }
     let mut descriptor = DiskDescriptor::load(folder, None)?;
+    agreement::require(folder, &descriptor)?;
     let tidied = plan::recover(folder, Some(&descriptor))?;
     // What a snapshot command left when it was cut: later it would be taken for the last thing done to the disk.
     remove_obsolete(folder, &mut descriptor)?;
@@ -259,7 +261,7 @@ impl<'a> Work<'a> {
             if image.guid() == old.top_guid() {
                 new.set_disk_sectors(geometry.disk_sectors())?;
             }
-            let file = new_name(image.file());
+            let file = image_name(image.file());
             new.set_file(image.guid(), &file)?;
             jobs.push(Job {
                 guid: image.guid(),
@@ -389,15 +391,6 @@ fn new_geometry(chain: &Chain, wanted: Form, raw: bool, warnings: &mut Vec<Strin
         ));
     }
     Geometry::new(wanted.version, wanted.cluster, rounded)
-}
-
-/// A name for the file that follows `old`: as snapshots are named, with a GUID behind the name of the first.
-fn new_name(old: &str) -> String {
-    let base = match old.rfind(".{") {
-        Some(at) if old.ends_with('}') && old[at + 1..].parse::<Guid>().is_ok() => &old[..at],
-        _ => old,
-    };
-    format!("{base}.{}", Guid::random())
 }
 
 impl Job {

@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::geometry::{CLUSTER_SECTORS_DEFAULT, Geometry, Version};
 use crate::format::{self, DESCRIPTOR_NAME, DiskDescriptor, Guid, Mode, Probe, create_image};
 use crate::io::file::DirectoryFolder;
-use crate::io::{Access, Allocation, Folder, Storage, StorageExt};
+use crate::io::{Access, Allocation, Folder, Storage, StorageExt, temporary};
 use crate::mutant::{self, Mutant};
 use crate::ops::plan;
 use crate::units::Sectors;
@@ -230,7 +230,7 @@ fn is_same(one: &dyn Storage, other: &dyn Storage, len: u64) -> io::Result<bool>
 
 fn temporary_name(options: &CreateOptions) -> String {
     let random = Guid::random().to_string();
-    format!("{}.tmp.{}", options.file, random.trim_matches(['{', '}']))
+    temporary::new_name(&options.file, &random)
 }
 
 /// Builds the image under a temporary name and gives it its own; says how long it is.

@@ -18,8 +18,9 @@ use crate::io::temporary::remove_left_over;
 use crate::io::{Access, BufferPool, Folder, IoBuf, Storage};
 use crate::units::Sectors;
 
+use super::agreement::Disagreement;
 use super::convert::{fill_new, verify_new};
-use super::open::{OpenOptions, Which, open, refuse_ciphertext};
+use super::open::{OpenOptions, Opened, Which, open, refuse_ciphertext};
 use super::placing::place_file;
 use super::progress::Progress;
 use super::transfer::{self, ChainContent, Content, PIECE_BYTES, Pipeline};
@@ -69,9 +70,11 @@ pub struct ExportReport {
     pub host_bytes: Option<u64>,
     /// What is odd about the disk.
     pub warnings: Vec<String>,
+    /// Contradictions between descriptor and images: what was exported is not the whole disk, or not the disk.
+    pub disagreements: Vec<Disagreement>,
 }
 
-fn open_chain(options: &ExportOptions) -> Result<(Arc<Chain>, Vec<String>)> {
+fn open_chain(options: &ExportOptions) -> Result<Opened> {
     let opened = open(&OpenOptions {
         which: options.which.clone(),
         snapshot: options.snapshot,
@@ -83,7 +86,7 @@ fn open_chain(options: &ExportOptions) -> Result<(Arc<Chain>, Vec<String>)> {
     if !options.ciphertext {
         refuse_ciphertext(&opened.report, "export")?;
     }
-    Ok((opened.chain, opened.report.warnings))
+    Ok(opened)
 }
 
 /// Writes the disk into the new raw file `target`. Fails with [`ErrorKind::Parameter`] if that exists, with
@@ -106,7 +109,7 @@ pub fn export(options: &ExportOptions, target: &Path, progress: &dyn Progress) -
             "choose another name; to write into a device: ploop export DISK - | dd of=DEVICE bs=1M conv=fsync",
         ));
     }
-    let (chain, warnings) = open_chain(options)?;
+    let Opened { chain, report } = open_chain(options)?;
     remove_left_over(&folder, name).map_err(|cause| {
         Error::io(ErrorKind::Stat, "export: look for what an earlier one left", cause).at_path(target)
     })?;
@@ -116,7 +119,8 @@ pub fn export(options: &ExportOptions, target: &Path, progress: &dyn Progress) -
         file: Some(target.to_path_buf()),
         disk_bytes: chain.geometry().disk_bytes(),
         host_bytes: Some(host_bytes),
-        warnings,
+        warnings: report.warnings,
+        disagreements: report.disagreements,
     })
 }
 
@@ -156,13 +160,19 @@ pub fn export_to(
     stream: &mut dyn Write,
     progress: &dyn Progress,
 ) -> Result<ExportReport> {
-    let (chain, warnings) = open_chain(options)?;
+    let Opened { chain, report } = open_chain(options)?;
     let disk_bytes = chain.geometry().disk_bytes();
     let content = ChainContent::whole(chain);
     progress.begin("export", disk_bytes);
     stream_out(&content, disk_bytes, stream, progress)?;
     progress.end();
-    Ok(ExportReport { file: None, disk_bytes, host_bytes: None, warnings })
+    Ok(ExportReport {
+        file: None,
+        disk_bytes,
+        host_bytes: None,
+        warnings: report.warnings,
+        disagreements: report.disagreements,
+    })
 }
 
 /// A part of the stream.

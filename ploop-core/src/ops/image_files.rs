@@ -217,7 +217,7 @@ pub(crate) fn remove_obsolete(folder: &dyn Folder, descriptor: &mut DiskDescript
 
 /// Whether the image of a state is raw: the base of a raw disk.
 pub(crate) fn is_raw(descriptor: &DiskDescriptor, guid: Guid) -> bool {
-    descriptor.is_raw() && descriptor.shot(guid).is_some_and(|shot| shot.parent() == Guid::NONE)
+    crate::format::agreement::says_raw(descriptor, guid)
 }
 
 /// The source of a chain for an open image.

@@ -9,20 +9,17 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::geometry::ENTRY_BYTES;
-use crate::format::header::HEADER_BYTES;
+use crate::format::survey::survey;
 use crate::format::{
-    DESCRIPTOR_NAME, Described, DiskDescriptor, Geometry, Guid, Header, InUse, Probe, probe,
+    DESCRIPTOR_NAME, Described, DiskDescriptor, Geometry, Guid, Header, InUse, Probe, probe, stored_bitmap,
 };
 use crate::io::file::{self, FileStorage};
-use crate::io::{Access, Storage, StorageExt, sys};
+use crate::io::{Access, Storage, sys};
+use crate::ops::agreement::{self, Disagreement};
 use crate::ops::create::version_number;
 use crate::ops::open::{Place, ReadBundle, oddities, open_image, place};
-use crate::ops::space::{Space, Tally};
-use crate::units::{FileCluster, GuestCluster, Sectors};
-
-/// Bytes of a table read at a time.
-const TABLE_PIECE_BYTES: u64 = 1 << 20;
+use crate::ops::space::{Space, space_of};
+use crate::units::{SECTOR_BYTES, Sectors};
 
 /// What to look at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +75,8 @@ pub struct InfoReport {
     pub warnings: Vec<String>,
     /// The images, in the order of the descriptor.
     pub images: Vec<ImageReport>,
+    /// What the images contradict the descriptor in: what is there is not the whole disk, or not the disk.
+    pub disagreements: Vec<Disagreement>,
 }
 
 /// What one image is.
@@ -115,8 +114,43 @@ pub struct ImageReport {
     pub in_use: String,
     /// Whether a program has it open.
     pub open_by_program: bool,
+    /// The dirty bitmaps that are stored in it.
+    pub bitmaps: Vec<BitmapReport>,
     /// Why it could not be examined.
     pub problem: Option<String>,
+}
+
+/// A dirty bitmap of a backup, as it is stored in a closed image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BitmapReport {
+    /// Its name: a UUID; none if not even that can be read.
+    pub id: Option<String>,
+    /// Bytes of the disk that one bit stands for; 0 if that is not known.
+    pub granularity_bytes: u64,
+    /// Why it counts as "everything is dirty"; none if it is valid.
+    pub invalid: Option<String>,
+}
+
+impl From<stored_bitmap::Listed> for BitmapReport {
+    fn from(listed: stored_bitmap::Listed) -> Self {
+        Self {
+            id: listed.id.map(|id| uuid_text(&id)),
+            granularity_bytes: u64::from(listed.granularity_sectors) * SECTOR_BYTES,
+            invalid: listed.invalid,
+        }
+    }
+}
+
+/// 16 bytes as a UUID without braces.
+fn uuid_text(id: &[u8; 16]) -> String {
+    let mut text = String::new();
+    for (at, byte) in id.iter().enumerate() {
+        if [4, 6, 8, 10].contains(&at) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
 }
 
 /// Examines a disk.
@@ -156,6 +190,13 @@ fn bundle(path: &Path, parents: &[PathBuf]) -> Result<InfoReport> {
         storages,
         encryption: descriptor.encryption().map(|encryption| encryption.to_string()),
         warnings: oddities(descriptor, path),
+        disagreements: match &bundle.described {
+            // What cannot be looked at is told with its image.
+            Described::Whole(descriptor) => {
+                agreement::of_state(&bundle.folder, descriptor, descriptor.top_guid()).unwrap_or_default()
+            }
+            Described::Split(_) => Vec::new(),
+        },
         ..summary(images)
     };
     Ok(report)
@@ -232,6 +273,7 @@ fn summary(images: Vec<ImageReport>) -> InfoReport {
         encryption: None,
         warnings: Vec::new(),
         images,
+        disagreements: Vec::new(),
     }
 }
 
@@ -261,9 +303,12 @@ fn examine(storage: &FileStorage, raw: Option<Sectors>) -> Result<ImageReport> {
     match probe(storage)? {
         Probe::Image(header) => {
             let geometry = header.geometry();
-            let tally = count_allocated(storage, geometry)?;
-            let space = tally.space(geometry, report.file_bytes, report.host_bytes);
-            Ok(ImageReport { in_use: mark(&header), ..sizes(report, geometry) }.with(&space))
+            let survey = survey(storage, geometry, report.file_bytes, 0)?;
+            let (listed, taken) = stored_bitmap::list(storage, &header, report.file_bytes, &survey)?;
+            let bytes = (report.file_bytes, report.host_bytes);
+            let space = space_of(&survey, taken.count(), geometry, bytes);
+            let bitmaps = listed.into_iter().map(BitmapReport::from).collect();
+            Ok(ImageReport { in_use: mark(&header), bitmaps, ..sizes(report, geometry) }.with(&space))
         }
         Probe::NotAnImage => Err(Error::new(ErrorKind::Corrupt, "examine image: this is not a ploop image")
             .advise("a raw disk is known only by its descriptor: name that")),
@@ -320,37 +365,6 @@ fn mark(header: &Header) -> String {
         InUse::Open => "open".to_owned(),
         InUse::Other(value) => format!("{value:#010x}"),
     }
-}
-
-/// Counts the entries of the table that are not zero. Holes of the file are skipped: a huge table of nothing costs
-/// nothing. Entries that point nowhere sensible are counted as allocated: what is wrong with them is for a check.
-fn count_allocated(storage: &dyn Storage, geometry: &Geometry) -> Result<Tally> {
-    let failed = |at: u64| move |error| Error::io(ErrorKind::Read, "read table", error).at_offset(at);
-    let end = geometry.table_bytes();
-    let mut at = HEADER_BYTES;
-    let mut piece = Vec::new();
-    let mut tally = Tally::default();
-    while at < end {
-        let Some((start, stop)) = storage.next_data(at).map_err(failed(at))? else { break };
-        // Whole entries: the header is a multiple of an entry long.
-        at = at.max(start - start % ENTRY_BYTES);
-        let stop = stop.next_multiple_of(ENTRY_BYTES).min(end).min(at.saturating_add(TABLE_PIECE_BYTES));
-        if at >= stop {
-            break;
-        }
-        piece.resize(usize::try_from(stop - at).unwrap_or(0), 0);
-        storage.read_padded_at(at, &mut piece).map_err(failed(at))?;
-        let first = u32::try_from((at - HEADER_BYTES) / ENTRY_BYTES).unwrap_or(u32::MAX);
-        for (cluster, entry) in (first..=u32::MAX).zip(piece.as_chunks::<4>().0) {
-            let raw = u32::from_le_bytes(*entry);
-            if raw != 0 {
-                let place = geometry.entry_to_cluster(raw).ok().flatten();
-                tally.add(GuestCluster(cluster), place.unwrap_or(FileCluster(u32::MAX)));
-            }
-        }
-        at = stop;
-    }
-    Ok(tally)
 }
 
 /// The bytes on which programs that have an image open hold locks: first and count.

@@ -29,6 +29,7 @@ use crate::format::{
 };
 use crate::io::{Access, Folder, Storage, ownership};
 use crate::mutant::{self, Mutant};
+use crate::ops::agreement;
 use crate::ops::descriptor_lock::DescriptorLock;
 use crate::ops::image_files::{
     LockedFolder, check_free, create_file, is_shared, open_chain, open_image, remove_early, remove_obsolete,
@@ -116,6 +117,7 @@ impl OpenBundle {
 /// As [`merge`], in an open folder that no other command works on.
 pub fn merge_in(folder: &dyn Folder, options: &MergeOptions, progress: &dyn Progress) -> Result<MergeReport> {
     let mut descriptor = DiskDescriptor::load(folder, None)?;
+    agreement::require(folder, &descriptor)?;
     let completed = complete_in(folder, &mut descriptor, Asked::Merge, progress)?;
     let top = descriptor.top_guid();
     let named = options.snapshot.unwrap_or(top);

@@ -3,6 +3,7 @@
 //! Operations work on closed images and take the locks they need; they never print, exit or read the command line.
 //! A Report is what was done or found, ready for people and for JSON.
 
+pub mod agreement;
 pub mod check;
 pub mod clone;
 pub mod compact;

@@ -25,6 +25,7 @@ use crate::io::file::{self, Caching, DirectoryFolder, FileStorage};
 use crate::io::latch::Latched;
 use crate::io::lock::{ImageLock, Ownership};
 use crate::io::{Access, Alignment, Allocation, Folder, Storage, identity, sys};
+use crate::ops::agreement::{self, Accepted, Disagreement};
 use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use crate::units::Sectors;
 
@@ -64,6 +65,8 @@ pub struct OpenOptions {
     pub raw_cluster: Option<Sectors>,
     /// Take a top that was not closed as it is, without looking for damage.
     pub accept_in_use: bool,
+    /// Contradictions between descriptor and images that do not keep the disk from being written.
+    pub accepted: Accepted,
     /// Whether transfers pass the page cache where file system and geometry allow it.
     pub caching: Caching,
     /// Whether images may be block devices.
@@ -85,6 +88,7 @@ impl OpenOptions {
             snapshot: None,
             raw_cluster: None,
             accept_in_use: false,
+            accepted: Accepted::default(),
             caching: Caching::Direct,
             block_device: false,
             unlocked: false,
@@ -117,6 +121,9 @@ pub struct OpenReport {
     pub encryption: Option<String>,
     /// What is odd or was repaired, though it does not prevent opening.
     pub warnings: Vec<String>,
+    /// Contradictions between descriptor and images that were not accepted: what is read is not the whole disk, or not the
+    /// disk. A disk opened for writing has none.
+    pub disagreements: Vec<Disagreement>,
 }
 
 /// An open disk, ready for [`Disk::open`](crate::device::Disk::open). The images stay locked as long as the chain
@@ -172,6 +179,9 @@ impl Storage for LockedStorage {
     }
     fn next_data(&self, offset: u64) -> std::io::Result<Option<(u64, u64)>> {
         self.storage.next_data(offset)
+    }
+    fn next_written(&self, offset: u64) -> std::io::Result<Option<(u64, u64)>> {
+        self.storage.next_written(offset)
     }
     fn allocated_bytes(&self) -> std::io::Result<u64> {
         self.storage.allocated_bytes()
@@ -323,14 +333,19 @@ fn open_state(
             open_image(folder, path, image, &opening.file_options(access), &options.parents)?;
         opening.add(storage, &file, access, number == 0 && raw)?;
     }
+    // Before anything is written into one of them.
+    let found = opening.disagreements(descriptor, &images)?;
     let (chain, mut report) = opening.finish(raw.then(|| descriptor.cluster_sectors()))?;
+    let is_short = found.iter().any(|found| matches!(found, Disagreement::Short { .. }));
+    report.warnings.extend(found.iter().map(Disagreement::describe));
+    report.disagreements = found.into_iter().filter(|found| !found.is_accepted(options.accepted)).collect();
     report.descriptor = Some(path.join(DESCRIPTOR_NAME));
     report.state = Some(state.to_string());
     report.encryption = descriptor.encryption().map(|encryption| encryption.to_string());
     report.warnings.extend(oddities(descriptor, path));
     let said = descriptor.disk_sectors();
     // A snapshot may be of another size: what its image says.
-    if state == descriptor.top_guid() && said != chain.geometry().disk_sectors() {
+    if state == descriptor.top_guid() && said != chain.geometry().disk_sectors() && !is_short {
         report.warnings.push(format!(
             "the descriptor says the disk has {said}, its image says {}; the image counts: a resize was probably cut, \
              run it again",
@@ -458,6 +473,7 @@ fn lock_bundle(path: PathBuf, options: &OpenOptions) -> Result<Locked> {
         let raw = number == 0 && bundle.descriptor.is_raw();
         opening.add(storage, &path.join(image.file()), access, raw)?;
     }
+    opening.disagreements(&bundle.descriptor, &images)?;
     let sources = opening.sources;
     Ok(Locked { bundle: Some(bundle), folder_path: path, sources, _lock: Some(lock) })
 }
@@ -513,6 +529,27 @@ impl<'a> Opening<'a> {
         let storage = Latched::new(storage);
         self.sources.push(Source { name: path.to_path_buf(), storage: Arc::new(storage), raw });
         Ok(())
+    }
+
+    /// What contradicts the descriptor in the files that were added, `images`. For writing it is refused unless it is
+    /// accepted.
+    fn disagreements(
+        &self,
+        descriptor: &DiskDescriptor,
+        images: &[&crate::format::Image],
+    ) -> Result<Vec<Disagreement>> {
+        let mut found = Vec::new();
+        for (image, source) in images.iter().zip(&self.sources) {
+            if source.raw || image.guid() == descriptor.top_guid() {
+                let looked = agreement::look(descriptor, image, &source.storage);
+                found.extend(looked.map_err(|error| error.at_path(&source.name))?);
+            }
+        }
+        let refused = found.iter().find(|found| !found.is_accepted(self.options.accepted));
+        match refused {
+            Some(found) if self.options.access == Access::ReadWrite => Err(found.failure()),
+            _ => Ok(found),
+        }
     }
 
     /// The same file past the page cache, if every cluster of it then keeps the alignment; else as it was.
@@ -571,6 +608,7 @@ impl<'a> Opening<'a> {
             was_in_use: chain.repairs().was_in_use,
             encryption: None,
             warnings: repairs(chain.repairs()),
+            disagreements: Vec::new(),
         };
         Ok((chain, report))
     }

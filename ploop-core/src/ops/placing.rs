@@ -37,7 +37,7 @@ fn create_temporary(folder: &dyn Folder, file: &str) -> Result<(String, Arc<dyn 
     let failed = |cause| Error::io(ErrorKind::Create, "create a file", cause);
     loop {
         let random = Guid::random().to_string();
-        let name = format!("{file}.tmp.{}", random.trim_matches(['{', '}']));
+        let name = temporary::new_name(file, &random);
         let storage = folder.create_exclusive(&name).map_err(failed)?;
         let Some(descriptor) = storage.descriptor() else { return Ok((name, storage)) };
         // Where there are no locks nobody removes it either.

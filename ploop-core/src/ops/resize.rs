@@ -29,6 +29,7 @@ use crate::format::{
 use crate::io::file::{Caching, DirectoryFolder};
 use crate::io::{Access, Allocation, Folder};
 use crate::mutant::{self, Mutant};
+use crate::ops::agreement::Accepted;
 use crate::ops::descriptor_lock::{DescriptorLock, lock_timeout};
 use crate::ops::guest_bytes::GuestBytes;
 use crate::ops::image_files::remove_obsolete;
@@ -58,6 +59,8 @@ pub struct ResizeOptions {
     pub shrink: Shrink,
     /// The image is raw, in clusters of this size. For a file without descriptor; a descriptor says so itself.
     pub raw_cluster: Option<Sectors>,
+    /// Contradictions between descriptor and image that are settled with this: the disk has the new size afterwards.
+    pub accepted: Accepted,
     /// How long to wait for the descriptor's lock.
     pub lock_timeout: Duration,
 }
@@ -70,6 +73,7 @@ impl ResizeOptions {
             disk,
             shrink: Shrink::Refuse,
             raw_cluster: None,
+            accepted: Accepted::default(),
             lock_timeout: lock_timeout(),
         }
     }
@@ -104,6 +108,7 @@ pub fn resize(options: &ResizeOptions, progress: &dyn Progress) -> Result<Resize
     let mut locked = open::lock(&OpenOptions {
         which: Which::Path(options.path.clone()),
         raw_cluster: options.raw_cluster,
+        accepted: options.accepted,
         caching: Caching::Cached,
         lock_timeout: options.lock_timeout,
         ..OpenOptions::new(options.path.clone(), Access::ReadWrite)

@@ -16,6 +16,7 @@ use crate::format::geometry::Geometry;
 use crate::format::{self, DiskDescriptor, Guid, InUse, Transition, create_image};
 use crate::io::{Access, Folder, Storage, ownership};
 use crate::mutant::{self, Mutant};
+use crate::ops::agreement;
 use crate::ops::image_files::{check_free, create_file, open_chain, open_image, remove_obsolete, source};
 use crate::ops::merge::{Asked, OpenBundle, complete_in};
 use crate::ops::progress::Progress;
@@ -62,6 +63,7 @@ pub fn snapshot_in(
     progress: &dyn Progress,
 ) -> Result<SnapshotReport> {
     let mut descriptor = DiskDescriptor::load(folder, None)?;
+    agreement::require(folder, &descriptor)?;
     match complete_in(folder, &mut descriptor, Asked::Merge, progress) {
         Ok(_) => {}
         // Somebody reads what a cut merge writes to: it can wait, as it did until now.

@@ -18,6 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor_store::keep_copy;
 use crate::format::{DiskDescriptor, Guid, Image, Transition};
 use crate::io::{Access, Folder, Storage};
+use crate::ops::agreement;
 use crate::ops::image_files::{is_shared, open_chain, open_image, remove_early, remove_obsolete, source};
 use crate::ops::merge::{Asked, MergeReport, OpenBundle, Wins, complete_in, merge_range};
 use crate::ops::progress::Progress;
@@ -76,6 +77,10 @@ pub fn delete_in(
     let mut descriptor = DiskDescriptor::load(folder, None)?;
     if descriptor.is_dead(snapshot) {
         return drop_dead(folder, &descriptor, snapshot);
+    }
+    // A current state that goes may go short.
+    if snapshot != descriptor.top_guid() {
+        agreement::require(folder, &descriptor)?;
     }
     // What this very command committed before it was cut.
     let already = descriptor.has_removed(snapshot);

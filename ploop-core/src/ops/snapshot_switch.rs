@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskDescriptor, Guid};
 use crate::io::{Access, Folder};
+use crate::ops::agreement;
 use crate::ops::image_files::{check_free, open_chain, open_image, remove_early, remove_obsolete, source};
 use crate::ops::merge::{Asked, OpenBundle, complete_in};
 use crate::ops::progress::Progress;
@@ -58,6 +59,10 @@ pub fn switch_in(
     progress: &dyn Progress,
 ) -> Result<SwitchReport> {
     let mut descriptor = DiskDescriptor::load(folder, None)?;
+    // A current state that goes may go short.
+    if options.keep.is_some() {
+        agreement::require(folder, &descriptor)?;
+    }
     complete_in(folder, &mut descriptor, Asked::Merge, progress)?;
     let top_file = descriptor.new_file_name();
     let old_file = descriptor.image(descriptor.top_guid()).map(|image| image.file().to_owned());

@@ -1,14 +1,14 @@
-//! How an image uses its file: figures for `info`, from a table on disk or from a running disk.
+//! How an image uses its file: figures for `check` and `info`, from a table on disk or from a running disk.
 //!
-//! *Free clusters* are whole clusters between the start of the data and the end of the file that no entry names; new
+//! *Free clusters* are whole clusters between the start of the data and the end of the file that nothing uses: no entry, no extension, no bitmap; new
 //! data go there first. *Fragmentation* compares neighbours: of all pairs of clusters that follow each other on the
 //! guest's disk and lie in this image, it is the share whose second does not follow the first in the file.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::survey::{Neighbours, Survey};
 use crate::format::{Chain, Geometry};
-use crate::units::{FileCluster, GuestCluster};
 
 /// The figures of one image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,42 +34,31 @@ impl Space {
     }
 }
 
-/// Counts entries in the order of the guest's disk.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Tally {
-    allocated: u64,
-    neighbours: u64,
-    breaks: u64,
-    last: Option<(GuestCluster, FileCluster)>,
+/// The figures of an image whose table was looked at, and whose extension and bitmaps take `extension_clusters`.
+pub(crate) fn space_of(
+    survey: &Survey,
+    extension_clusters: u64,
+    geometry: &Geometry,
+    (file_bytes, host_bytes): (u64, u64),
+) -> Space {
+    let taken = survey.used.count() + survey.skewed.count() + extension_clusters;
+    figures(geometry, (survey.allocated, taken), survey.neighbours, (file_bytes, host_bytes))
 }
 
-impl Tally {
-    pub(super) fn add(&mut self, cluster: GuestCluster, place: FileCluster) {
-        self.allocated += 1;
-        if let Some((before, place_before)) = self.last
-            && before.0.checked_add(1) == Some(cluster.0)
-        {
-            self.neighbours += 1;
-            self.breaks += u64::from(place_before.0.checked_add(1) != Some(place.0));
-        }
-        self.last = Some((cluster, place));
-    }
-
-    #[cfg(test)]
-    pub(super) fn allocated_clusters(self) -> u64 {
-        self.allocated
-    }
-
-    pub(super) fn space(self, geometry: &Geometry, file_bytes: u64, host_bytes: u64) -> Space {
-        let places = geometry.clusters_in(file_bytes).saturating_sub(geometry.first_data_cluster().0);
-        Space {
-            allocated_clusters: self.allocated,
-            file_bytes,
-            host_bytes,
-            free_clusters: u64::from(places).saturating_sub(self.allocated),
-            neighbours: self.neighbours,
-            breaks: self.breaks,
-        }
+fn figures(
+    geometry: &Geometry,
+    (allocated_clusters, taken): (u64, u64),
+    neighbours: Neighbours,
+    (file_bytes, host_bytes): (u64, u64),
+) -> Space {
+    let places = geometry.clusters_in(file_bytes).saturating_sub(geometry.first_data_cluster().0);
+    Space {
+        allocated_clusters,
+        file_bytes,
+        host_bytes,
+        free_clusters: u64::from(places).saturating_sub(taken),
+        neighbours: neighbours.pairs,
+        breaks: neighbours.breaks,
     }
 }
 
@@ -85,22 +74,26 @@ pub fn space_of_top(chain: &Chain) -> Result<Space> {
         let allocated_clusters = chain.allocated_clusters();
         return Ok(Space { allocated_clusters, file_bytes, host_bytes, ..Space::default() });
     }
-    let mut tally = Tally::default();
-    chain.for_each_place(|cluster, place| tally.add(cluster, place));
-    Ok(tally.space(geometry, file_bytes, host_bytes))
+    let (mut neighbours, mut allocated) = (Neighbours::default(), 0);
+    chain.for_each_place(|cluster, place| {
+        neighbours.add(cluster, place);
+        allocated += 1;
+    });
+    Ok(figures(geometry, (allocated, allocated), neighbours, (file_bytes, host_bytes)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::{FileCluster, GuestCluster};
 
     #[test]
     fn neighbours_and_breaks_are_counted() {
-        let mut tally = Tally::default();
+        let mut neighbours = Neighbours::default();
         for (cluster, place) in [(0, 1), (1, 2), (2, 9), (5, 10), (6, 11), (7, 3)] {
-            tally.add(GuestCluster(cluster), FileCluster(place));
+            neighbours.add(GuestCluster(cluster), FileCluster(place));
         }
-        assert_eq!((tally.allocated, tally.neighbours, tally.breaks), (6, 4, 2));
+        assert_eq!((neighbours.pairs, neighbours.breaks), (4, 2));
         let space = Space { neighbours: 4, breaks: 2, ..Space::default() };
         assert_eq!(space.fragmentation_per_mille(), 500);
         assert_eq!(Space::default().fragmentation_per_mille(), 0);

@@ -11,12 +11,15 @@ use crate::format::{
     DESCRIPTOR_NAME, DiskDescriptor, Guid, Image, Probe, SplitDescriptor, Transition, probe,
 };
 use crate::io::file::DirectoryFolder;
+use crate::io::temporary::stem;
 use crate::io::{Access, Folder};
 use crate::ops::Progress;
+use crate::ops::agreement::{self, Disagreement};
 use crate::ops::clone::holds_nothing;
 use crate::ops::open::{Bundle, oddities};
 use crate::ops::plan;
 use crate::ops::repair::undo_file;
+use crate::units::Sectors;
 
 use super::finding::{Class, Findings, Kind};
 use super::image::Standing;
@@ -60,13 +63,14 @@ pub(super) fn check_bundle_in(
     let mut findings = Findings::default();
     let mut images = Vec::new();
     check_images(folder, descriptor, path, check_other, (options, progress), (&mut findings, &mut images))?;
-    let mut removed = Vec::new();
+    let (mut removed, mut disagreements) = (Vec::new(), Vec::new());
     if options.snapshot.is_none() {
+        disagreements = check_agreement(descriptor, &images, &mut findings);
         check_chain(descriptor, &images, &mut findings);
         check_folder(folder, descriptor, options, &mut findings, &mut removed)?;
     }
     let report = conclude(findings, images, removed, options);
-    Ok(CheckReport { notes: oddities(descriptor, path), ..report })
+    Ok(CheckReport { notes: oddities(descriptor, path), disagreements, ..report })
 }
 
 /// Checks a split disk, which is only looked at: each part as a disk of its own, and that each is as long as its range.
@@ -132,7 +136,9 @@ fn check_images(
         let standing = if frozen { Standing::Frozen } else { Standing::Top };
         let is_base = descriptor.shot(image.guid()).is_some_and(|shot| shot.parent() == Guid::NONE);
         let raw_cluster = (descriptor.is_raw() && is_base).then(|| descriptor.cluster_sectors());
-        let options = CheckOptions { raw_cluster, ..options.clone() };
+        let is_top = image.guid() == descriptor.top_guid();
+        let raw_disk = is_top.then(|| descriptor.disk_sectors());
+        let options = CheckOptions { raw_cluster, raw_disk, ..options.clone() };
         let file = path.join(image.file());
         let checked = match check_other(image, standing, &options) {
             Ok(None) => check_in(folder, image.place().1, &file, standing, &options, progress),
@@ -141,14 +147,60 @@ fn check_images(
         };
         match checked {
             Ok(checked) => images.push(ImageCheck { guid: Some(image.guid().to_string()), ..checked }),
-            // That one is missing says nothing against looking at the others. In use, or full, is another matter.
-            Err(error) if error.kind() == ErrorKind::Open => {
+            // That one is missing says nothing against looking at the others. What keeps us from it (rights, a read-only or
+            // failing host, too many files, another program) says nothing about the disk at all.
+            Err(error) if agreement::is_missing(&error) => {
                 findings.add_for_people(Kind::Missing, Class::C, describe(&error));
             }
             Err(error) => return Err(error),
         }
     }
     Ok(())
+}
+
+/// What the images contradict the descriptor in, as findings that are people's to settle.
+fn check_agreement(
+    descriptor: &DiskDescriptor,
+    images: &[ImageCheck],
+    findings: &mut Findings,
+) -> Vec<Disagreement> {
+    let mut found = Vec::new();
+    for image in descriptor.images() {
+        let guid = image.guid();
+        let Some(checked) = images.iter().find(|one| one.guid.as_deref() == Some(guid.to_string().as_str()))
+        else {
+            continue;
+        };
+        let is_raw = agreement::says_raw(descriptor, guid);
+        if let Some(sizes) = checked.header_in_raw.filter(|_| is_raw)
+            && agreement::header_fits(descriptor, guid, sizes, checked.file_bytes)
+        {
+            found.push(Disagreement::ImageSaidRaw {
+                file: image.file().to_owned(),
+                header_disk_bytes: sizes.0.checked_bytes().unwrap_or(u64::MAX),
+            });
+        }
+        // A header that makes no sense says nothing.
+        if checked.cluster_bytes > 0 {
+            let held = if is_raw { checked.file_bytes } else { checked.disk_bytes };
+            found.extend(agreement::shortfall(descriptor, image, Sectors::covering(held), is_raw));
+        }
+    }
+    let cluster_bytes = descriptor.cluster_sectors().checked_bytes().unwrap_or(u64::MAX).max(1);
+    for one in &found {
+        match one {
+            Disagreement::Short { held_bytes, is_raw, .. } => {
+                findings.count(Kind::MissingEnd, Class::C, 1, None);
+                let place = (is_raw.then_some(*held_bytes), Some(held_bytes / cluster_bytes));
+                findings.example(Kind::MissingEnd, Class::C, place, one.describe());
+            }
+            Disagreement::ImageSaidRaw { .. } => {
+                findings.count(Kind::SaidRaw, Class::C, 1, None);
+                findings.example(Kind::SaidRaw, Class::C, (Some(0), None), one.describe());
+            }
+        }
+    }
+    found
 }
 
 fn describe(error: &Error) -> String {
@@ -213,7 +265,7 @@ fn check_chain(descriptor: &DiskDescriptor, images: &[ImageCheck], findings: &mu
     }
     let Some(top) = of(descriptor.top_guid()) else { return };
     let said_bytes = descriptor.disk_sectors().checked_bytes().unwrap_or(u64::MAX);
-    if said_bytes != top.disk_bytes {
+    if said_bytes < top.disk_bytes {
         let detail = format!(
             "the descriptor says the disk has {said_bytes} bytes, its image says {}: a resize was probably cut, run it again",
             top.disk_bytes
@@ -292,7 +344,7 @@ fn is_leftover(descriptor: &DiskDescriptor, name: &str) -> bool {
     descriptor
         .images()
         .iter()
-        .filter_map(|image| name.strip_prefix(image.file()))
+        .filter_map(|image| name.strip_prefix(&*stem(image.file())))
         .any(|rest| rest == undo_file::UNFINISHED || rest.strip_prefix(".tmp.").is_some_and(is_guid))
 }
 

@@ -85,10 +85,16 @@ pub enum Kind {
     BadExtension,
     /// A stored dirty bitmap is damaged, and counts as "everything is dirty".
     BadBitmap,
+    /// An entry names the cluster of the extension, or of a stored bitmap.
+    EntryIntoExtension,
     /// A file could not be opened or read.
     Missing,
-    /// The length of a raw image is not a whole number of clusters.
+    /// The length of a raw image is not a whole number of sectors.
     RawLength,
+    /// The image of the current state ends before the disk of the descriptor.
+    MissingEnd,
+    /// The base is said to be raw, but begins with the header of an image that fits the disk.
+    SaidRaw,
     /// Images of one chain do not fit each other.
     Mismatch,
     /// The descriptor and the image do not agree.
@@ -139,8 +145,19 @@ impl Kind {
                 "the format extension is damaged: its dirty bitmaps are lost, the next backup is full"
             }
             Self::BadBitmap => "a dirty bitmap is damaged: the next backup with it is full",
+            Self::EntryIntoExtension => {
+                "an entry names the cluster of the format extension or of a stored bitmap: the guest reads foreign bytes"
+            }
             Self::Missing => "an image cannot be opened or read",
-            Self::RawLength => "the length of a raw image is not a whole number of clusters",
+            Self::RawLength => {
+                "the length of a raw image is not a whole number of sectors: it cannot be written"
+            }
+            Self::MissingEnd => {
+                "the image ends before the disk of its descriptor: a part of the disk is missing"
+            }
+            Self::SaidRaw => {
+                "the descriptor says that an image is raw: its first write would destroy the image"
+            }
             Self::Mismatch => "images of one chain do not fit each other",
             Self::DescriptorSize => "descriptor and image do not agree",
             Self::BrokenChain => "the parents of a snapshot are missing or go in a circle",
@@ -171,12 +188,17 @@ impl Kind {
             Self::Tail => "cut the file",
             Self::TooShort | Self::RawLength => "extend the file",
             Self::StaleExtension | Self::BadExtension => "drop the extension",
+            Self::EntryIntoExtension => {
+                "drop the extension or the bitmap; the guest keeps what it reads there: restore it from a backup"
+            }
             Self::BadBitmap => "drop this bitmap, keep the others",
             Self::Leftover => "remove the file",
             Self::Unreadable
             | Self::HalfConverted
             | Self::ClusterTooLarge
             | Self::Missing
+            | Self::MissingEnd
+            | Self::SaidRaw
             | Self::Mismatch
             | Self::DescriptorSize
             | Self::BrokenChain

@@ -12,7 +12,7 @@ use crate::format::extension::{self, Extension, Feature, Found};
 use crate::format::geometry::CLUSTER_SECTORS_MAX;
 use crate::format::header::{FLAG_CONVERTING, FLAG_EMPTY, HEADER_BYTES};
 use crate::format::survey::{self, FINDINGS, Finding, Survey, disk_clusters, first_owners, judge_entry};
-use crate::format::{Geometry, Header, InUse, RawHeader, Version};
+use crate::format::{Geometry, Header, InUse, RawHeader, Version, WrongEntry};
 use crate::io::{Storage, StorageExt};
 use crate::units::{FileCluster, GuestCluster, SECTOR_BYTES};
 
@@ -68,13 +68,15 @@ pub(crate) struct Plan {
     pub(crate) copies: u64,
     /// Entries that are cleared.
     pub(crate) clears: u64,
+    /// Clusters of extension and bitmaps that entries name.
+    pub(crate) claims: u64,
 }
 
 impl Plan {
     /// Whether bytes of table or extension change, or fields of the header by which clusters are found.
     pub(crate) fn needs_undo(&self, stored: &RawHeader) -> bool {
         let planned = self.header.raw();
-        self.copies + self.clears + self.survey.padding > 0
+        self.copies + self.clears + self.claims + self.survey.padding > 0
             || planned.data_offset_sectors != stored.data_offset_sectors
             || planned.entries != stored.entries
             || matches!(self.extension, ExtensionFate::Keep { rewritten: Some(_), .. })
@@ -201,6 +203,7 @@ fn plan(
         forbidden: None,
         copies,
         clears,
+        claims: 0,
     };
     let keeps_tail = plan_extension(storage, header, file_bytes, &mut plan, findings)?;
     plan_length(file_bytes, keeps_tail, &mut plan, findings);
@@ -360,6 +363,7 @@ fn plan_extension(
         findings.add(Kind::StaleExtension, Class::A, at, detail);
         return Ok(false);
     }
+    report_claims(storage, file_bytes, plan, findings)?;
     let survey = &plan.survey;
     let found = extension::load(storage, &plan.header, file_bytes, &|cluster| survey.is_taken(cluster))?;
     let extension = match found {
@@ -391,6 +395,35 @@ fn plan_extension(
     };
     plan.extension = ExtensionFate::Keep { offset: extension.offset.0, rewritten };
     Ok(has_unknown)
+}
+
+/// Entries that name a cluster of the extension or of its bitmaps.
+fn report_claims(
+    storage: &dyn Storage,
+    file_bytes: u64,
+    plan: &mut Plan,
+    findings: &mut Findings,
+) -> Result<()> {
+    let geometry = plan.header.geometry();
+    let survey = &plan.survey;
+    let claimed = extension::claimed(storage, &plan.header, file_bytes, &|cluster| survey.is_taken(cluster))?;
+    let mut wrong = Vec::new();
+    for &cluster in claimed.iter().take(usize::try_from(EXAMPLES_MAX).unwrap_or(0)) {
+        let raw = geometry.cluster_to_entry(cluster)?;
+        wrong.push(WrongEntry { cluster: GuestCluster(0), raw, finding: Finding::Shared });
+    }
+    let owners = first_owners(storage, geometry, &wrong)?;
+    let kind = Kind::EntryIntoExtension;
+    findings.count(kind, Class::C, claimed.len() as u64, kind.remedy());
+    for entry in &wrong {
+        let places = (
+            Some(geometry.entry_offset(entry.raw).0),
+            owners.get(&entry.raw).map(|owner| u64::from(owner.0)),
+        );
+        findings.example(kind, Class::C, places, format!("entry {:#x} names it", entry.raw));
+    }
+    plan.claims = claimed.len() as u64;
+    Ok(())
 }
 
 /// The records that stay, and the clusters they take.

@@ -32,7 +32,7 @@ fn a_file_and_a_stream_hold_the_disk() {
     let mut stream = Vec::new();
     export_to(&ExportOptions::new(place.path()), &mut stream, &Silent).unwrap();
     assert!(stream == bytes());
-    let chain = open_chain(&ExportOptions::new(place.path())).unwrap().0;
+    let chain = open_chain(&ExportOptions::new(place.path())).unwrap().chain;
     assert!(guest_content(&chain) == bytes());
 }
 

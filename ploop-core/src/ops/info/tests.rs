@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::format::Mode;
+use crate::io::StorageExt;
 use crate::io::sim::SimDisk;
 use crate::ops::create::{CreateOptions, create};
 use crate::ops::open::{OpenOptions, open};
@@ -78,7 +79,51 @@ fn a_huge_table_of_nothing_costs_nothing() {
     storage.write_all_at(64, &1u32.to_le_bytes()).unwrap();
     storage.write_all_at(64 + 4 * 200_000_000, &2u32.to_le_bytes()).unwrap();
     storage.write_all_at(64 + 4 * ((1 << 28) - 1), &2u32.to_le_bytes()).unwrap();
-    assert_eq!(count_allocated(&storage, &geometry).unwrap().allocated_clusters(), 3);
+    assert_eq!(survey(&storage, &geometry, storage.len().unwrap(), 0).unwrap().allocated, 3);
     let reads = disk.calls(crate::io::sim::Call::Read);
     assert!(reads < 100, "{reads}");
+}
+
+#[test]
+fn check_and_info_say_the_same_of_one_image() {
+    use crate::ops::check::{CheckOptions, check};
+    use crate::ops::{ConvertOptions, Silent, convert};
+    let place = bundle(Mode::Preallocated);
+    let image = place.path().join("root.hds");
+    let swap = |first: usize, second: usize| {
+        let mut bytes = std::fs::read(&image).unwrap();
+        for at in 0..4 {
+            bytes.swap(64 + 4 * first + at, 64 + 4 * second + at);
+        }
+        std::fs::write(&image, bytes).unwrap();
+    };
+    // In the order of the file, scattered, and with a hole in the table and a tail.
+    for step in 0..4 {
+        match step {
+            1 => swap(2, 9),
+            2 => {
+                let mut bytes = std::fs::read(&image).unwrap();
+                bytes[64 + 16..64 + 24].fill(0);
+                bytes.resize(bytes.len() + 3 * 32768, 0);
+                std::fs::write(&image, bytes).unwrap();
+            }
+            3 => drop(convert(
+                &ConvertOptions { mode: Some(Mode::Expanded), ..ConvertOptions::new(place.path()) },
+                &Silent,
+            )),
+            _ => {}
+        }
+        let said = look(place.path());
+        let checked = check(&CheckOptions::look(place.path()), &Silent).unwrap();
+        let (info, check) = (&said.images[0], &checked.images[0]);
+        assert_eq!(
+            (info.allocated_clusters, info.free_clusters, info.neighbours, info.breaks),
+            (check.allocated_clusters, check.free_clusters, check.neighbours, check.fragments),
+            "step {step}"
+        );
+        let expected = [(16, 0, 0), (16, 0, 4), (14, 5, 4)];
+        if let Some(expected) = expected.get(step) {
+            assert_eq!((info.allocated_clusters, info.free_clusters, info.breaks), *expected, "step {step}");
+        }
+    }
 }

@@ -19,6 +19,7 @@ use md5::{Digest, Md5};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::stamp::Stamp;
+use crate::io::temporary::stem;
 use crate::io::{Access, Folder, Storage, StorageExt};
 use crate::units::SECTOR_BYTES;
 
@@ -194,7 +195,7 @@ pub(crate) struct Writer<'a> {
 impl<'a> Writer<'a> {
     /// Begins the undo file of `image`; what an earlier try left unfinished goes.
     pub(crate) fn create(folder: &'a dyn Folder, image: &str) -> Result<Self> {
-        let unfinished = format!("{image}{UNFINISHED}");
+        let unfinished = format!("{}{UNFINISHED}", stem(image));
         let failed = |source| Error::io(ErrorKind::Create, "repair: create the undo file", source);
         if folder.exists(&unfinished).map_err(failed)? {
             folder.unlink(&unfinished).map_err(failed)?;
@@ -275,6 +276,7 @@ pub(crate) fn head(lengths: (u64, u64), cluster_bytes: u64, area_end: u64, rest:
 
 /// The names an undo file of `image` may have, in the order in which they are taken.
 pub(crate) fn names(image: &str) -> impl Iterator<Item = String> + use<'_> {
+    let image = stem(image);
     (1..=NUMBERS_MAX).map(move |number| match number {
         1 => format!("{image}{SUFFIX}"),
         number => format!("{image}{SUFFIX}.{number}"),
