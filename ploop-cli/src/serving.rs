@@ -271,7 +271,10 @@ pub(crate) fn unmount_all(device: &Path) -> Result<()> {
             Err(nix::errno::Errno::EBUSY) => {
                 return Err(Error::new(ErrorKind::UnmountBusy, "unmount the file system: it is in use")
                     .at_path(&point)
-                    .advise(format!("end what uses it; find it with: fuser -vm {}", point.display())));
+                    .advise(format!(
+                        "end what uses it; find it with: fuser -vm {}",
+                        ploop_core::error::shown(&point)
+                    )));
             }
             // Somebody else was faster.
             Err(nix::errno::Errno::EINVAL) if !runtime::mount_points_of(device)?.contains(&point) => {}

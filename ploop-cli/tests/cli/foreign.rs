@@ -118,6 +118,10 @@ fn a_split_disk_is_read_as_one_and_never_written() {
     let info: serde_json::Value = serde_json::from_str(&info).unwrap();
     assert_eq!((&info["storages"], &info["disk_bytes"]), (&2.into(), &(now.len() as u64).into()));
     assert_eq!(info["images"].as_array().unwrap().len(), 4);
+    let listed = ploop(&["--json", "snapshot-list", text(&disk)]).succeeded();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let text_of = listed.to_string();
+    assert!(text_of.contains(BASE) && text_of.contains(&format!(":{}", now.len())), "{text_of}");
     let checked = ploop(&["check", "-f", text(&disk)]);
     assert!(checked.stdout.contains("split into 2"), "{}", checked.stdout);
     checked.succeeded();
@@ -449,6 +453,12 @@ fn names_decide_what_is_written_and_read() {
     for refused in 1..=3 {
         assert!(!Path::new(&new(refused)).exists(), "a refused import has made a folder");
     }
+    let copied = ploop(&["copy", "-s", text(&disk), "-d", text(&file("copy.vmdk"))]);
+    assert!(copied.stderr.contains("its name says vmdk"), "{}", copied.stderr);
+    copied.succeeded();
+    fs::remove_file(disk.join("DiskDescriptor.xml")).unwrap();
+    ploop(&["info", text(&disk)]).failed_with(39, &["DiskDescriptor.xml.Backup"]);
+    fs::copy(disk.join("DiskDescriptor.xml.Backup"), disk.join("DiskDescriptor.xml")).unwrap();
     for command in [
         &["copy", "-s", text(&disk), "-d", "/dev/no-such-device"][..],
         &["copy", "-d", "/dev/no-such-device"],

@@ -15,6 +15,9 @@ use super::descriptor::{DESCRIPTOR_NAME, Described, DiskDescriptor, Names};
 use super::guid::Guid;
 use super::xml::DOCUMENT_BYTES_MAX;
 
+/// The copy that other programs keep.
+const BACKUP_NAME: &str = "DiskDescriptor.xml.Backup";
+
 /// What the names of our temporary descriptors begin with.
 pub const TEMPORARY_PREFIX: &str = "DiskDescriptor.xml.tmp.";
 
@@ -215,6 +218,9 @@ fn read_document(folder: &dyn Folder, name: &str) -> Result<Vec<u8>> {
             if error.kind() == io::ErrorKind::NotFound { ErrorKind::Descriptor } else { ErrorKind::Read };
         let error = Error::io(kind, "read descriptor", error);
         match kind {
+            ErrorKind::Descriptor if folder.exists(BACKUP_NAME).unwrap_or(false) => error.advise(format!(
+                "a copy of it lies beside it, {BACKUP_NAME}: copy that to {DESCRIPTOR_NAME}"
+            )),
             ErrorKind::Descriptor => error.advise(
                 "check the path; `ploop restore-descriptor` makes one anew for an image without snapshots",
             ),
