@@ -201,7 +201,7 @@ fn described(input: &[u8]) {
     for outside in [false, true] {
         let Ok(found) = Described::parse_beside(input, &is_there, outside) else { continue };
         let descriptors: Vec<&DiskDescriptor> = match &found {
-            Described::Whole(descriptor) => vec![descriptor],
+            Described::Whole(descriptor) => vec![&**descriptor],
             Described::Split(split) => {
                 let mut at = 0;
                 for part in split.parts() {

@@ -167,7 +167,7 @@ fn load_to_read(path: &Path, request: &OpenRequest) -> Result<Described> {
         Described::load(&DirectoryFolder::open(parent)?, Some(parent), !request.parents.is_empty())?;
     match request.read_only {
         true => Ok(described),
-        false => described.whole().map(Described::Whole).map_err(|error| error.at_path(path)),
+        false => described.whole().map(Box::new).map(Described::Whole).map_err(|error| error.at_path(path)),
     }
 }
 

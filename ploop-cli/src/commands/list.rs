@@ -62,10 +62,10 @@ struct Lines {
 impl Report for Lines {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
         for line in &self.disks {
-            let device = line.device.as_ref().map_or_else(|| "-".into(), |device| shown(&device));
+            let device = line.device.as_ref().map_or_else(|| "-".into(), |device| shown(device));
             write!(out, "{device:<12} {}", shown(&line.disk))?;
             for point in &line.mount_points {
-                write!(out, " {}", shown(&point))?;
+                write!(out, " {}", shown(point))?;
             }
             if let Some(component) = &line.component {
                 write!(out, " {component}")?;

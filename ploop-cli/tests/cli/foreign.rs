@@ -20,9 +20,12 @@ fn text(path: &Path) -> &str {
 
 /// Clusters of a disk: 0 for a hole, else filled with a pattern of this number.
 fn content(clusters: &[u8]) -> Vec<u8> {
-    let fill = |tag: &u8| {
-        (0..CLUSTER).map(|at| if *tag == 0 { 0 } else { tag.wrapping_add((at / 512) as u8) | 1 }).collect()
+    let byte = |tag: u8, at: usize| match (tag, at % 2) {
+        (0, _) => 0,
+        (tag, 0) => tag,
+        _ => u8::try_from(at / 512).unwrap(),
     };
+    let fill = |tag: &u8| (0..CLUSTER).map(|at| byte(*tag, at)).collect();
     clusters.iter().flat_map(|tag| -> Vec<u8> { fill(tag) }).collect()
 }
 

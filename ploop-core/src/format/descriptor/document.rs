@@ -229,7 +229,9 @@ impl Described {
             Ok(descriptor)
         };
         match <[ReadStorage; 1]>::try_from(storages) {
-            Ok([single]) if single.start == 0 => describe(single, disk_sectors).map(Self::Whole),
+            Ok([single]) if single.start == 0 => {
+                describe(single, disk_sectors).map(Box::new).map(Self::Whole)
+            }
             Ok([part]) => Self::split(vec![part], disk_sectors, describe),
             Err(parts) if parts.is_empty() => Err(wrong("<StorageData> has no <Storage>")),
             Err(parts) => Self::split(parts, disk_sectors, describe),
