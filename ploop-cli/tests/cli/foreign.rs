@@ -222,6 +222,11 @@ fn a_split_disk_is_mounted_read_only() {
     // A mounted file system changes the kernel's view of the device even read-only.
     let printed = stage.ploop(&["mount", "-r", text(&disk)]).succeeded();
     let device = printed.split_whitespace().last().unwrap();
+    // A successor opens the same parts.
+    let listed = stage.ploop(&["--json", "list"]).succeeded();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let server = listed["disks"][0]["server"].to_string();
+    assert!(Command::new("kill").args(["-9", &server]).status().unwrap().success());
     let seen = fs::read(device).unwrap();
     stage.ploop(&["umount", "-d", device]).succeeded();
     assert!(seen == bytes, "the device does not show the disk");
