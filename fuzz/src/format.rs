@@ -2,8 +2,8 @@
 
 use crate::mutate::{damage, edge, put};
 use fastrand::Rng;
-use ploop_core::format::descriptor::DiskDescriptor;
 use ploop_core::format::{Chain, ChainOptions, Geometry, Mapping, RawHeader, Source, Version, probe};
+use ploop_core::format::{Described, DiskDescriptor};
 use ploop_core::io::sim::SimDisk;
 use ploop_core::io::{Access, Storage, StorageExt};
 use ploop_core::units::{GuestOffset, Sectors};
@@ -155,6 +155,22 @@ const WORDS: &[&str] = &[
     "<!--",
     "<![CDATA[",
     "\u{FEFF}",
+    "640",
+    "40960",
+    "C:\\vm\\root.hds",
+    "/vm/root.hds",
+    "cafe\u{301}.hds",
+    "\n root.hds ",
+];
+
+/// Elements of other programs, each put somewhere in front of a closing one.
+const ELEMENTS: &[&str] = &[
+    "<Encryption><Engine>{a6d3ac3e-7d1c-4b2e-9f1e-2f4f9a1b0c11}</Engine><Data>AA</Data></Encryption>",
+    "<LogicSectorSize>4096</LogicSectorSize>",
+    "<Miscellaneous><SuspendState>1</SuspendState></Miscellaneous>",
+    "<Storage><Start>640</Start><End>40960</End><Blocksize>64</Blocksize><Image><GUID>{5fbaabe3-6958-40ff-92a7-860e329aab41}</GUID><Type>Plain</Type><File>second.hds</File></Image></Storage>",
+    "<Shot><GUID>{22222222-2222-4222-8222-222222222222}</GUID><ParentGUID>{0d3c1c1e-31a4-4c56-9d51-2b0f6a1c7e10}</ParentGUID></Shot>",
+    "<Image><GUID>{22222222-2222-4222-8222-222222222222}</GUID><Type>Compressed</Type><File>../parent.hdd/root.hds</File></Image>",
 ];
 
 /// A descriptor with words replaced and bytes damaged.
@@ -166,6 +182,11 @@ pub fn xml(random: &mut Rng) -> Vec<u8> {
         let end = text[at..].find('<').map_or(at, |len| at + len);
         text.replace_range(at..end, random.choice(WORDS).copied().unwrap_or(""));
     }
+    for _ in 0..random.usize(..3) {
+        let places: Vec<usize> = text.match_indices("</").map(|(at, _)| at).collect();
+        let at = random.choice(&places).copied().unwrap_or(0);
+        text.insert_str(at, random.choice(ELEMENTS).copied().unwrap_or(""));
+    }
     let mut bytes = text.into_bytes();
     if random.bool() {
         damage(random, &mut bytes);
@@ -173,8 +194,36 @@ pub fn xml(random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
+/// A reader who knows some files, and perhaps a folder of a parent: parts follow each other up to the end of the disk, and
+/// what lies outside is known as such.
+fn described(input: &[u8]) {
+    let is_there = |name: &str| name.len().is_multiple_of(2);
+    for outside in [false, true] {
+        let Ok(found) = Described::parse_beside(input, &is_there, outside) else { continue };
+        let descriptors: Vec<&DiskDescriptor> = match &found {
+            Described::Whole(descriptor) => vec![&**descriptor],
+            Described::Split(split) => {
+                let mut at = 0;
+                for part in split.parts() {
+                    assert_eq!(part.start.0, at, "parts do not follow each other");
+                    at += part.descriptor.disk_sectors().0;
+                }
+                assert_eq!(at, split.disk_sectors().0, "the parts are not the disk");
+                split.parts().iter().map(|part| &part.descriptor).collect()
+            }
+        };
+        for image in descriptors.iter().flat_map(|descriptor| descriptor.images()) {
+            let file = image.file();
+            let leads_out = file.starts_with('/') || file.split('/').any(|part| part == "..");
+            assert!(!leads_out || image.is_outside() && outside, "{file:?} leaves the folder");
+        }
+        let _ = (descriptors[0].encryption(), descriptors[0].is_suspended(), descriptors[0].dead_words());
+    }
+}
+
 /// What is read is written and read again as the same, and every file name stays inside the folder.
 pub fn descriptor(input: &[u8]) {
+    described(input);
     let Ok(first) = DiskDescriptor::parse(input) else { return };
     let printed = first.to_bytes();
     let second = DiskDescriptor::parse(&printed);

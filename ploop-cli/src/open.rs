@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use ploop_core::device::fuse::held::HeldFiles;
 use ploop_core::device::runtime::{ImageFile, OpenRequest, State};
+use ploop_core::error::shown;
 pub(crate) use ploop_core::format::DESCRIPTOR_NAME;
 use ploop_core::format::agreement::Accepted;
 use ploop_core::format::{Chain, Described, DiskDescriptor, Encryption, Guid, Image};
@@ -21,6 +22,9 @@ pub(crate) use ploop_core::ops::open::followed;
 use ploop_core::ops::open::{OpenOptions, Opened, Which, image_paths};
 use ploop_core::units::Sectors;
 use ploop_core::{Error, ErrorKind, Result};
+
+use crate::output::Output;
+use crate::qemu::DiskFormat;
 
 mod order;
 
@@ -140,7 +144,7 @@ fn descriptor_of(image: &Path) -> Result<Option<PathBuf>> {
         images if images.iter().any(|one| is_this(one)) => {
             Err(Error::new(ErrorKind::Parameter, "the image is one of several of a disk")
                 .at_path(&image.path)
-                .advise(format!("give {}", path.display())))
+                .advise(format!("give {}", shown(&path))))
         }
         _ => Ok(None),
     }
@@ -160,7 +164,7 @@ fn load_to_read(path: &Path, request: &OpenRequest) -> Result<Described> {
         Described::load(&DirectoryFolder::open(parent)?, Some(parent), !request.parents.is_empty())?;
     match request.read_only {
         true => Ok(described),
-        false => described.whole().map(Described::Whole).map_err(|error| error.at_path(path)),
+        false => described.whole().map(Box::new).map(Described::Whole).map_err(|error| error.at_path(path)),
     }
 }
 
@@ -229,6 +233,16 @@ pub(crate) fn oddities_of(request: &OpenRequest) -> Result<(Option<String>, Vec<
     let folder = path.parent().unwrap_or(Path::new("/"));
     let encryption = descriptor.encryption().map(|encryption| encryption.to_string());
     Ok((encryption, ops::open::oddities(descriptor, folder)))
+}
+
+/// Warns of a name for an image of ours that ends like one of another format.
+pub(crate) fn warn_of_name(image: &Path, output: &Output) {
+    if let Some(named) = DiskFormat::of_name(image).filter(|&named| named != DiskFormat::Raw) {
+        output.warn(&format!(
+            "{} will be an image of ploop, though its name says {named}; `ploop export` writes that format",
+            shown(image)
+        ));
+    }
 }
 
 /// Refuses to make a file among the devices: a name mistyped there would fill the memory of the host.

@@ -41,7 +41,10 @@ pub(crate) fn find(name: &Path, raw: bool) -> Result<Target> {
         if !state.is_running() && (state.keeper.is_some() || state.failure.is_some()) {
             return Err(Error::new(ErrorKind::Device, "the server of this disk has died")
                 .at_path(name)
-                .advise(format!("clear what it left with: ploop umount {}", name.display())));
+                .advise(format!(
+                    "clear what it left with: ploop umount {}",
+                    ploop_core::error::shown(name)
+                )));
         }
         let entry = runtime.entry(&state.id);
         return Ok(Target::Served(Box::new(Served { entry, state })));

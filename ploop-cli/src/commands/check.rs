@@ -218,7 +218,7 @@ impl Report for Checked<'_> {
         }
         let Some(descriptor) = &self.report.descriptor else { return Ok(()) };
         if !self.report.findings.is_empty() {
-            writeln!(out, "{}: chain and folder ({})", shown(&descriptor), totals(&self.report.findings))?;
+            writeln!(out, "{}: chain and folder ({})", shown(descriptor), totals(&self.report.findings))?;
             self.write_findings(out, &self.report.findings)?;
         }
         for note in &self.report.notes {
@@ -227,7 +227,7 @@ impl Report for Checked<'_> {
         for name in &self.report.files_removed {
             writeln!(out, "  removed {}", one_line(name))?;
         }
-        writeln!(out, "{}: {}", shown(&descriptor), verdict(self.report.outcome))
+        writeln!(out, "{}: {}", shown(descriptor), verdict(self.report.outcome))
     }
 }
 

@@ -40,7 +40,7 @@ struct Cloned(CloneReport);
 
 impl Report for Cloned {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
-        writeln!(out, "{}", self.0.descriptor.display())
+        writeln!(out, "{}", ploop_core::error::shown(&self.0.descriptor))
     }
 }
 

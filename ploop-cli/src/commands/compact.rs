@@ -82,7 +82,7 @@ pub(crate) struct Compacted {
 impl Report for Compacted {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
         let report = &self.report;
-        writeln!(out, "image:       {}", report.image.display())?;
+        writeln!(out, "image:       {}", ploop_core::error::shown(&report.image))?;
         if let Some(bytes) = self.trimmed_bytes {
             writeln!(out, "trimmed:     {}", human_bytes(bytes))?;
         }

@@ -299,6 +299,7 @@ fn receive_disk(arguments: &Arguments, target: &Path, output: &Output) -> Outcom
         options.stall_timeout = Duration::from_secs(seconds);
     }
     open::check_new_file("copy", target)?;
+    open::warn_of_name(target, output);
     let mut destination = NewImage { path: target, options: wanted_image(arguments)? };
     // Two sets of bars on one terminal would draw over each other; the sender has one.
     let progress = output.is_json().then(|| Progress::new(output));
@@ -377,6 +378,7 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
     signals::cancel(&cancel)?;
     if let Some(target) = target {
         open::check_new_file("copy", target)?;
+        open::warn_of_name(target, output);
     }
     let from = Origin::find(source)?;
     from.warn(output);

@@ -93,7 +93,7 @@ impl Report for Exported {
             .0
             .host_bytes
             .map_or_else(String::new, |bytes| format!(", {} on the host", human_bytes(bytes)));
-        writeln!(out, "{}: {}{host}", shown(&file), human_bytes(self.0.disk_bytes))
+        writeln!(out, "{}: {}{host}", shown(file), human_bytes(self.0.disk_bytes))
     }
 }
 

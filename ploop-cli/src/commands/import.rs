@@ -140,6 +140,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         check_format(arguments)?;
     }
     open::check_new_file("import", &arguments.image)?;
+    open::warn_of_name(&arguments.image, output);
     let (folder, file) = place(&arguments.image)?;
     let options = ImportOptions {
         disk: arguments.size,

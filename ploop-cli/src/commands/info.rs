@@ -82,7 +82,7 @@ impl Report for Whole<'_> {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
         let disk = self.disk;
         if let Some(descriptor) = &disk.descriptor {
-            writeln!(out, "descriptor:  {}", shown(&descriptor))?;
+            writeln!(out, "descriptor:  {}", shown(descriptor))?;
         }
         let sectors = disk.disk_bytes / SECTOR_BYTES;
         writeln!(out, "size:        {} ({sectors} sectors)", human_bytes(disk.disk_bytes))?;

@@ -136,7 +136,7 @@ impl Report for Made {
         writeln!(
             out,
             "{}: {} of {}, clusters of {}, {file_system}",
-            self.disk.image.display(),
+            ploop_core::error::shown(&self.disk.image),
             self.disk.mode,
             human_bytes(self.disk.disk_bytes),
             human_bytes(self.disk.cluster_bytes),

@@ -104,7 +104,7 @@ struct Lines {
 impl Report for Lines {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
         for line in &self.disks {
-            let device = line.device.as_ref().map_or_else(|| "-".into(), |device| shown(&device));
+            let device = line.device.as_ref().map_or_else(|| "-".into(), |device| shown(device));
             write!(out, "{device:<12} {}", shown(&line.disk))?;
             for point in &line.mount_points {
                 write!(out, " {}", shown(Path::new(point)))?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use ploop_core::device::control::Connection;
 use ploop_core::device::runtime::Runtime;
+use ploop_core::error::one_line;
 use ploop_core::format::{Chain, DESCRIPTOR_NAME, Guid};
 use ploop_core::ops::map::{self, MapExtent, MapHead, MapOptions};
 use ploop_core::{Error, ErrorKind, Result};
@@ -190,6 +191,7 @@ impl<'a> Shown<'a> {
             Form::Table => match (&extent.filename, extent.offset) {
                 (Some(file), Some(offset)) => {
                     let hole = if extent.data { "" } else { " (hole)" };
+                    let file = one_line(file);
                     writeln!(
                         self.out,
                         "{:>18} {:>18} {offset:>18}  {file}{hole}",
@@ -311,7 +313,7 @@ impl Picture {
             _ => '#',
         })?;
         writeln!(out, "  # in the top   o less than half   + only in a lower delta   . zeros")?;
-        let name = self.head.files.first().map_or("top", String::as_str);
+        let name = self.head.files.first().map_or_else(|| "top".to_owned(), |name| one_line(name));
         writeln!(
             out,
             "file: {name}, {}, {} for each character",

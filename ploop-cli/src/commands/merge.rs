@@ -91,7 +91,7 @@ impl Report for MergedFiles {
             out,
             "merged {} {images} into {}, {} copied",
             report.merged.len(),
-            report.file.display(),
+            ploop_core::error::shown(&report.file),
             human_bytes(report.copied_bytes)
         )
     }

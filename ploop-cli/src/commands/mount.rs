@@ -324,7 +324,7 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only
     if status != 0 {
         return Err(Error::new(
             ErrorKind::Mount,
-            format!("mount {} at {}: {}", shown(&device), shown(&point), text.trim()),
+            format!("mount {} at {}: {}", shown(&device), shown(point), text.trim()),
         )
         .advise("see the last lines of dmesg; -F checks the file system first, -t names its type"));
     }
@@ -344,7 +344,7 @@ fn check_file_system(device: &Path, arguments: &Arguments, read_only: bool) -> R
     if status & !1 != 0 {
         return Err(Error::new(
             ErrorKind::FileSystemCheck,
-            format!("check the file system on {}: exit code {status}: {}", shown(&device), text.trim()),
+            format!("check the file system on {}: exit code {status}: {}", shown(device), text.trim()),
         )
         .advise("mount without -m and -F and repair it by hand: fsck DEVICE"));
     }

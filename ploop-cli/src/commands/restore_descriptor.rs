@@ -49,7 +49,7 @@ impl Report for Restored {
         writeln!(
             out,
             "{}: {}, {} of {}, clusters of {}",
-            report.descriptor.display(),
+            ploop_core::error::shown(&report.descriptor),
             report.image,
             report.mode,
             human_bytes(report.disk_bytes),

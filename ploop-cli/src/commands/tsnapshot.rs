@@ -72,7 +72,7 @@ struct Kept {
 
 impl Report for Kept {
     fn write_human(&self, out: &mut dyn Write) -> io::Result<()> {
-        writeln!(out, "{}", self.mounted.device.display())
+        writeln!(out, "{}", ploop_core::error::shown(&self.mounted.device))
     }
 }
 

@@ -20,9 +20,12 @@ fn text(path: &Path) -> &str {
 
 /// Clusters of a disk: 0 for a hole, else filled with a pattern of this number.
 fn content(clusters: &[u8]) -> Vec<u8> {
-    let fill = |tag: &u8| {
-        (0..CLUSTER).map(|at| if *tag == 0 { 0 } else { tag.wrapping_add((at / 512) as u8) | 1 }).collect()
+    let byte = |tag: u8, at: usize| match (tag, at % 2) {
+        (0, _) => 0,
+        (tag, 0) => tag,
+        _ => u8::try_from(at / 512).unwrap(),
     };
+    let fill = |tag: &u8| (0..CLUSTER).map(|at| byte(*tag, at)).collect();
     clusters.iter().flat_map(|tag| -> Vec<u8> { fill(tag) }).collect()
 }
 
@@ -118,6 +121,10 @@ fn a_split_disk_is_read_as_one_and_never_written() {
     let info: serde_json::Value = serde_json::from_str(&info).unwrap();
     assert_eq!((&info["storages"], &info["disk_bytes"]), (&2.into(), &(now.len() as u64).into()));
     assert_eq!(info["images"].as_array().unwrap().len(), 4);
+    let listed = ploop(&["--json", "snapshot-list", text(&disk)]).succeeded();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let text_of = listed.to_string();
+    assert!(text_of.contains(BASE) && text_of.contains(&format!(":{}", now.len())), "{text_of}");
     let checked = ploop(&["check", "-f", text(&disk)]);
     assert!(checked.stdout.contains("split into 2"), "{}", checked.stdout);
     checked.succeeded();
@@ -215,6 +222,11 @@ fn a_split_disk_is_mounted_read_only() {
     // A mounted file system changes the kernel's view of the device even read-only.
     let printed = stage.ploop(&["mount", "-r", text(&disk)]).succeeded();
     let device = printed.split_whitespace().last().unwrap();
+    // A successor opens the same parts.
+    let listed = stage.ploop(&["--json", "list"]).succeeded();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let server = listed["disks"][0]["server"].to_string();
+    assert!(Command::new("kill").args(["-9", &server]).status().unwrap().success());
     let seen = fs::read(device).unwrap();
     stage.ploop(&["umount", "-d", device]).succeeded();
     assert!(seen == bytes, "the device does not show the disk");
@@ -449,6 +461,12 @@ fn names_decide_what_is_written_and_read() {
     for refused in 1..=3 {
         assert!(!Path::new(&new(refused)).exists(), "a refused import has made a folder");
     }
+    let copied = ploop(&["copy", "-s", text(&disk), "-d", text(&file("copy.vmdk"))]);
+    assert!(copied.stderr.contains("its name says vmdk"), "{}", copied.stderr);
+    copied.succeeded();
+    fs::remove_file(disk.join("DiskDescriptor.xml")).unwrap();
+    ploop(&["info", text(&disk)]).failed_with(39, &["DiskDescriptor.xml.Backup"]);
+    fs::copy(disk.join("DiskDescriptor.xml.Backup"), disk.join("DiskDescriptor.xml")).unwrap();
     for command in [
         &["copy", "-s", text(&disk), "-d", "/dev/no-such-device"][..],
         &["copy", "-d", "/dev/no-such-device"],

@@ -1,6 +1,6 @@
 //! The examples of the documents, run as they stand.
 //!
-//! Every block of `docs/commands/*.md` and of `README.md` that begins with three backticks and `console` is run, the
+//! Every block of `docs/commands/*.md`, of `docs/from-*.md` and of `README.md` that begins with three backticks and `console` is run, the
 //! blocks of one document one after the other in one folder that is empty at first:
 //!
 //! ```text
@@ -43,9 +43,12 @@ use ground::Ground;
 fn documents() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace");
     let mut found = vec![root.join("README.md")];
-    if let Ok(folder) = std::fs::read_dir(root.join("docs/commands")) {
-        found.extend(folder.map(|entry| entry.expect("list the documents").path()));
-    }
+    let files = |folder: &str| std::fs::read_dir(root.join(folder)).into_iter().flatten();
+    found.extend(files("docs/commands").map(|entry| entry.expect("list the documents").path()));
+    let pages = files("docs").map(|entry| entry.expect("list the documents").path());
+    let is_way_here =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("from-"));
+    found.extend(pages.filter(is_way_here));
     found.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
     if let Ok(wanted) = std::env::var("PLOOP_EXAMPLE") {
         found.retain(|path| path.to_string_lossy().contains(&wanted));

@@ -16,6 +16,9 @@ use super::descriptor::{DESCRIPTOR_NAME, Described, DiskDescriptor, Names};
 use super::guid::Guid;
 use super::xml::DOCUMENT_BYTES_MAX;
 
+/// The copy that other programs keep.
+const BACKUP_NAME: &str = "DiskDescriptor.xml.Backup";
+
 /// What the names of our temporary descriptors begin with.
 pub const TEMPORARY_PREFIX: &str = "DiskDescriptor.xml.tmp.";
 
@@ -213,6 +216,10 @@ fn temporary_name() -> String {
 fn read_document(folder: &dyn Folder, name: &str) -> Result<Vec<u8>> {
     // That there is none is a word about the disk; that it cannot be read is one about the host.
     let open_failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound if folder.exists(BACKUP_NAME).unwrap_or(false) => {
+            Error::io(ErrorKind::Descriptor, "read descriptor", error)
+                .advise(format!("a copy of it lies beside it, {BACKUP_NAME}: copy that to {DESCRIPTOR_NAME}"))
+        }
         io::ErrorKind::NotFound => Error::io(ErrorKind::Descriptor, "read descriptor", error).advise(
             "check the path; `ploop restore-descriptor` makes one anew for an image without snapshots",
         ),

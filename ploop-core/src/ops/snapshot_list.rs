@@ -7,11 +7,11 @@ use std::time::UNIX_EPOCH;
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DESCRIPTOR_NAME, Guid, Probe, probe};
+use crate::format::{DESCRIPTOR_NAME, Described, DiskDescriptor, Guid, Probe, Shot, probe};
 use crate::io::file;
 use crate::io::{Access, Storage};
 use crate::ops::image_files::is_raw;
-use crate::ops::open::{Bundle, Place, place, real_path};
+use crate::ops::open::{Place, ReadBundle, open_image, place, real_path};
 
 /// One state of the disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -22,7 +22,7 @@ pub struct SnapshotEntry {
     pub parent_uuid: Guid,
     /// Whether it is the current one, which is no snapshot.
     pub current: bool,
-    /// Its image.
+    /// Its image; the first of a split disk, whose sizes are those of all parts together.
     pub fname: PathBuf,
     /// A state between two descriptors, in the descriptor's word.
     pub transition: Option<&'static str>,
@@ -56,37 +56,77 @@ pub fn snapshot_list(path: &Path) -> Result<SnapshotList> {
             Error::new(ErrorKind::Parameter, "only a disk with a descriptor has snapshots").at_path(path)
         );
     };
-    let bundle = Bundle::open(&folder)?;
-    let descriptor = &bundle.descriptor;
+    let bundle = ReadBundle::open(&folder, false)?;
     let real = real_path(&folder)?;
-    let mut states = Vec::new();
-    for shot in descriptor.shots() {
-        let guid = shot.guid();
-        let image = descriptor.image(guid).ok_or_else(|| {
-            Error::new(ErrorKind::Descriptor, format!("the shot {guid} has no image")).at_path(&folder)
-        })?;
-        // A file that is missing is told by its absent sizes.
-        let storage = bundle.open_image(image, &file::OpenOptions::new(Access::ReadOnly)).ok();
-        let metadata = storage.as_ref().and_then(|storage| storage.metadata().ok());
-        states.push(SnapshotEntry {
-            uuid: guid,
-            parent_uuid: shot.parent(),
-            current: guid == descriptor.top_guid(),
-            fname: real.join(image.file()),
-            transition: shot.transition().map(|transition| transition.name()),
-            depth: descriptor.chain_for(guid).ok().map(|chain| chain.len()),
-            disk_bytes: storage.as_ref().and_then(|storage| disk_bytes(storage, is_raw(descriptor, guid))),
-            file_bytes: metadata.as_ref().map(|metadata| metadata.len()),
-            host_bytes: storage.as_ref().and_then(|storage| storage.allocated_bytes().ok()),
-            modified_unix_seconds: metadata
-                .as_ref()
-                .and_then(|metadata| metadata.modified().ok())
-                .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
-                .map(|since| since.as_secs()),
-            names: metadata.as_ref().map(|metadata| metadata.nlink()),
-        });
+    let mut states: Vec<SnapshotEntry> = Vec::new();
+    match &bundle.described {
+        Described::Whole(descriptor) => {
+            for shot in descriptor.shots() {
+                states.push(entry(&bundle, descriptor, shot, &real)?);
+            }
+        }
+        Described::Split(split) => {
+            for part in split.parts() {
+                for shot in part.descriptor.shots() {
+                    let of_part = entry(&bundle, &part.descriptor, shot, &real)?;
+                    match states.iter_mut().find(|one| one.uuid == of_part.uuid) {
+                        Some(state) => state.add(&of_part),
+                        None => states.push(of_part),
+                    }
+                }
+            }
+        }
     }
     Ok(SnapshotList { descriptor: real.join(DESCRIPTOR_NAME), states })
+}
+
+/// A state by its image.
+fn entry(
+    bundle: &ReadBundle,
+    descriptor: &DiskDescriptor,
+    shot: &Shot,
+    real: &Path,
+) -> Result<SnapshotEntry> {
+    let guid = shot.guid();
+    let image = descriptor.image(guid).ok_or_else(|| {
+        Error::new(ErrorKind::Descriptor, format!("the shot {guid} has no image")).at_path(real)
+    })?;
+    // A file that is missing is told by its absent sizes.
+    let reading = file::OpenOptions::new(Access::ReadOnly);
+    let storage = open_image(&bundle.folder, real, image, &reading, &[]).ok().map(|(storage, _)| storage);
+    let metadata = storage.as_ref().and_then(|storage| storage.metadata().ok());
+    Ok(SnapshotEntry {
+        uuid: guid,
+        parent_uuid: shot.parent(),
+        current: guid == descriptor.top_guid(),
+        fname: real.join(image.file()),
+        transition: shot.transition().map(|transition| transition.name()),
+        depth: descriptor.chain_for(guid).ok().map(|chain| chain.len()),
+        disk_bytes: storage.as_ref().and_then(|storage| disk_bytes(storage, is_raw(descriptor, guid))),
+        file_bytes: metadata.as_ref().map(|metadata| metadata.len()),
+        host_bytes: storage.as_ref().and_then(|storage| storage.allocated_bytes().ok()),
+        modified_unix_seconds: metadata
+            .as_ref()
+            .and_then(|metadata| metadata.modified().ok())
+            .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
+            .map(|since| since.as_secs()),
+        names: metadata.as_ref().map(|metadata| metadata.nlink()),
+    })
+}
+
+impl SnapshotEntry {
+    /// Adds what another part of a split disk has of the same state.
+    fn add(&mut self, part: &Self) {
+        let sum = |one: Option<u64>, other: Option<u64>| {
+            one.zip(other).map(|(one, other)| one.saturating_add(other))
+        };
+        self.disk_bytes = sum(self.disk_bytes, part.disk_bytes);
+        self.file_bytes = sum(self.file_bytes, part.file_bytes);
+        self.host_bytes = sum(self.host_bytes, part.host_bytes);
+        self.modified_unix_seconds = self.modified_unix_seconds.max(part.modified_unix_seconds);
+        self.names = self.names.max(part.names);
+        self.depth = self.depth.zip(part.depth).map(|(one, other)| one.max(other));
+    }
 }
 
 /// The size that an image gives its state.

@@ -134,6 +134,12 @@ impl DiskDescriptor {
 }
 
 impl Described {
+    /// Reads and checks a descriptor beside files of which `is_there` knows the names; `outside` as in
+    /// [`load`](Self::load). Errors are of kind [`ErrorKind::Descriptor`](crate::error::ErrorKind::Descriptor).
+    pub fn parse_beside(bytes: &[u8], is_there: &dyn Fn(&str) -> bool, outside: bool) -> Result<Self> {
+        Self::parse(bytes, &Names { folder: None, is_there, outside })
+    }
+
     /// Reads and checks a descriptor, of a whole or of a split disk.
     pub(crate) fn parse(bytes: &[u8], names: &Names<'_>) -> Result<Self> {
         let mut root = Element::of(xml::parse(bytes)?);
@@ -223,7 +229,9 @@ impl Described {
             Ok(descriptor)
         };
         match <[ReadStorage; 1]>::try_from(storages) {
-            Ok([single]) if single.start == 0 => describe(single, disk_sectors).map(Self::Whole),
+            Ok([single]) if single.start == 0 => {
+                describe(single, disk_sectors).map(Box::new).map(Self::Whole)
+            }
             Ok([part]) => Self::split(vec![part], disk_sectors, describe),
             Err(parts) if parts.is_empty() => Err(wrong("<StorageData> has no <Storage>")),
             Err(parts) => Self::split(parts, disk_sectors, describe),

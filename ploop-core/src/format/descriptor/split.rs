@@ -31,7 +31,7 @@ pub struct SplitDescriptor {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Described {
     /// A disk in one chain of images.
-    Whole(DiskDescriptor),
+    Whole(Box<DiskDescriptor>),
     /// A disk in several.
     Split(SplitDescriptor),
 }
@@ -91,7 +91,7 @@ impl Described {
     /// A disk that can be changed. Fails with [`ErrorKind::Descriptor`] for one that is split.
     pub fn whole(self) -> Result<DiskDescriptor> {
         match self {
-            Self::Whole(descriptor) => Ok(descriptor),
+            Self::Whole(descriptor) => Ok(*descriptor),
             Self::Split(split) => Err(refused(split.parts.len())),
         }
     }

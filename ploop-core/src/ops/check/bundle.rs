@@ -70,7 +70,7 @@ pub(super) fn check_bundle_in(
         check_folder(folder, descriptor, options, &mut findings, &mut removed)?;
     }
     let report = conclude(findings, images, removed, options);
-    Ok(CheckReport { notes: oddities(descriptor, path), disagreements, ..report })
+    Ok(CheckReport { notes: notes(descriptor, path), disagreements, ..report })
 }
 
 /// Checks a split disk, which is only looked at: each part as a disk of its own, and that each is as long as its range.
@@ -111,12 +111,18 @@ pub(super) fn check_split(
         }
         all.extend(images);
     }
-    let mut notes = oddities(split.first(), path);
+    let mut notes = notes(split.first(), path);
     notes.push(format!(
         "the disk is split into {} storages: it can be read, not changed",
         split.parts().len()
     ));
     Ok(CheckReport { notes, ..conclude(findings, all, Vec::new(), options) })
+}
+
+/// What is odd about the descriptor and no finding.
+fn notes(descriptor: &DiskDescriptor, path: &Path) -> Vec<String> {
+    let found = descriptor.dead_words();
+    oddities(descriptor, path).into_iter().filter(|odd| !found.contains(odd)).collect()
 }
 
 /// Checks the images of one chain, one by one.
