@@ -186,7 +186,7 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         keeper_line: keeper_line(entry, arguments),
         name: name.unwrap_or_else(|| entry.path().to_path_buf()),
         unguarded,
-        output: output.clone(),
+        output: *output,
     }
     .start()?;
     full_host::tell_log(&disk, output.clone())?;

@@ -4,18 +4,21 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use ploop_core::device::runtime::State;
 use ploop_core::io::Access;
+use ploop_core::io::sim::Random;
 use ploop_core::ops;
 
 use crate::ground::{Direct, Ground, can_take_over, program, signal, text};
 
 const KIB: u64 = 1 << 10;
 const CLUSTER: usize = 64 << 10;
+/// Moments of kills, as far as a machine repeats itself.
+const SEED: u64 = 22;
 
 fn ground() -> Option<Ground> {
     if !can_take_over() {
@@ -278,6 +281,70 @@ fn an_unmount_after_both_have_died_is_no_success() {
 }
 
 #[test]
+fn successors_that_die_while_they_take_over_are_succeeded() {
+    let Some(ground) = ground() else { return };
+    let mut random = Random::new(SEED);
+    let image = ground.create("disk", 64, 64);
+    for life in 1..4 {
+        let device = ground.mount(&["-n", text(&image)]);
+        let direct = Direct::open(&device);
+        write(&direct, life);
+        let keeper = ground.state().keeper.unwrap().id;
+        let mut last = kill_server(&ground.state());
+        // Three in a row would be given up.
+        for _ in 0..2 {
+            let mut next = None;
+            ground.wait_until("a successor is started", || {
+                next = child_of(keeper).filter(|&child| child != last);
+                next.is_some()
+            });
+            last = next.unwrap();
+            std::thread::sleep(Duration::from_millis(random.next_u64() % 60));
+            signal(last, Signal::SIGKILL);
+        }
+        expect(&direct, life);
+        direct.write(100 * 64 * KIB, CLUSTER, life).unwrap();
+        drop(direct);
+        ground.ends_with(0, &["umount", text(&device)]);
+        let device = ground.mount(&["-n", text(&image)]);
+        let direct = Direct::open(&device);
+        expect(&direct, life);
+        direct.expect(100 * 64 * KIB, CLUSTER, life);
+        drop(direct);
+        ground.ends_with(0, &["umount", text(&device)]);
+    }
+}
+
+#[test]
+fn an_unmount_whose_server_is_killed_loses_nothing_and_says_what_is_true() {
+    let Some(ground) = ground() else { return };
+    let mut random = Random::new(SEED);
+    let image = ground.create("disk", 64, 64);
+    for round in 1..9 {
+        let device = ground.mount(&["-n", text(&image)]);
+        let direct = Direct::open(&device);
+        write(&direct, round);
+        drop(direct);
+        let keeper = ground.state().keeper.unwrap().id;
+        let unmounting = ground.start(&["umount", text(&device)]);
+        std::thread::sleep(Duration::from_millis(random.next_u64() % 120));
+        // It may have ended already.
+        if let Some(server) = child_of(keeper) {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(i32::try_from(server).unwrap()),
+                Signal::SIGKILL,
+            );
+        }
+        let ended = unmounting.wait();
+        assert!(ended.success(), "{ended}: {}", ground.logs());
+        assert!(ground.runtime().states().unwrap().is_empty());
+        let device = ground.mount(&["-n", text(&image)]);
+        expect(&Direct::open(&device), round);
+        ground.ends_with(0, &["umount", text(&device)]);
+    }
+}
+
+#[test]
 fn an_image_that_somebody_else_has_had_meanwhile_is_served_by_nobody() {
     let Some(ground) = ground() else { return };
     let image = ground.create("disk", 64, 64);
@@ -312,7 +379,7 @@ fn a_server_that_hangs_is_said_to() {
     ground.mount(&["-n", text(&image)]);
     let server = ground.state().server.unwrap().id;
     ground.wait_until("the server has beaten", || ground.is_ready());
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(1500));
     signal(server, Signal::SIGSTOP);
     ground.wait_until("it is listed as hanging", || ground.ends_with(0, &["list"]).contains("[hanging"));
     assert!(ground.logs().contains("the server hangs"), "{}", ground.logs());

@@ -147,3 +147,34 @@ impl Notes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::runtime::{LOCK_MAX, OpenRequest, Runtime};
+
+    #[test]
+    fn what_cannot_be_written_now_is_written_later_and_nobody_waits() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = Runtime::at(folder.path().join("run")).unwrap();
+        let state = State::new("one".into(), OpenRequest::default(), None, Vec::new());
+        let entry = runtime.create("one", &state).unwrap();
+        let notes = Notes::default();
+        notes.write_to(entry.clone());
+        // In the way of the file that is written first.
+        let obstacle = entry.path().join(".state.json.new");
+        std::fs::create_dir(&obstacle).unwrap();
+        let begun = Instant::now();
+        notes.takeover();
+        notes.trouble(Some("one".into()));
+        notes.failure(&Error::new(ErrorKind::Device, "gone"));
+        assert!(begun.elapsed() < LOCK_MAX);
+        assert!(notes.end(Duration::from_millis(10)).is_err());
+        assert_eq!(entry.state().unwrap().takeovers, 0);
+        std::fs::remove_dir(&obstacle).unwrap();
+        notes.end(Duration::from_secs(300)).unwrap();
+        let state = entry.state().unwrap();
+        assert_eq!((state.takeovers, state.trouble.as_deref()), (1, Some("one")));
+        assert!(state.failure.unwrap().message.contains("gone"));
+    }
+}
