@@ -289,7 +289,7 @@ fn begin(entry: &Entry, keeper: Connection, survivor: &Survivor, output: &Output
     let opened = open::open(&request)?;
     opened.report.warnings.iter().for_each(|text| output.warn(text));
     if request.read_only && opened.chain.storage(opened.chain.top()).descriptor().is_none() {
-        // Parts of a split disk, joined: nothing is ever written. Its files are not held, so it has no successor (K1).
+        // Parts of a split disk, joined: nothing is ever written. Its files are not held, but compared (`succeed_joined`).
         return Ok(Ground { chain: opened.chain, request, folder });
     }
     if let Some(folder) = &folder
@@ -315,7 +315,11 @@ fn succeed(
     output: &Output,
 ) -> Result<Ground> {
     let legacy = survivor.legacy()?;
-    let chosen = held::choose(held::receive_all(&keeper)?, legacy.files, !legacy.entries.is_empty())?;
+    let held = held::receive_all(&keeper)?;
+    if held.is_empty() && legacy.entries.is_empty() {
+        return succeed_joined(entry, output);
+    }
+    let chosen = held::choose(held, legacy.files, !legacy.entries.is_empty())?;
     if let Some(warning) = &chosen.warning {
         output.warn(warning);
     }
@@ -355,6 +359,30 @@ fn succeed(
     let handing = Handing::new(keeper, request.clone(), folder.as_deref(), chosen.number_max)?;
     survivor.hand_files(handing, &opened.chain)?;
     Ok(Ground { chain: opened.chain, request, folder })
+}
+
+/// Goes on with a split disk, of which no file is held: nothing was ever written, so it is enough that its names still lead
+/// to the files that the record of the disk has. Anything else has no successor (K1).
+fn succeed_joined(entry: &Entry, output: &Output) -> Result<Ground> {
+    let state = entry.state()?;
+    let request = state.open;
+    let is_same = || -> Result<bool> {
+        let found = open::files(&request)?.1;
+        Ok(found.len() == state.images.len()
+            && found.iter().zip(&state.images).all(|(found, served)| found.is_same_file(served)))
+    };
+    let opened = if request.read_only && is_same()? { Some(open::open(&request)?) } else { None };
+    match opened {
+        Some(opened) if opened.chain.storage(opened.chain.top()).descriptor().is_none() && is_same()? => {
+            opened.report.warnings.iter().for_each(|text| output.warn(text));
+            Ok(Ground { chain: opened.chain, request, folder: None })
+        }
+        _ => Err(Error::new(
+            ErrorKind::Device,
+            "succeed a dead server: the keeper does not hold the files it had open",
+        )
+        .advise("unmount what is left with ploop umount, then mount the disk again")),
+    }
 }
 
 fn top_of(chain: &Chain) -> Result<FileIdentity> {

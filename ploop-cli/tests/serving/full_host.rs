@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::ground::{Direct, Ground, program, text};
 
 const MIB: u64 = 1 << 20;
+const MIB_LEN: usize = 1 << 20;
 
 /// A small file system of its own, as the host of a disk.
 struct Host(PathBuf);
@@ -55,7 +56,7 @@ impl Host {
     fn fill(&self, left: u64) -> PathBuf {
         let path = self.0.join("filler");
         let mut file = File::create(&path).unwrap();
-        for piece in [MIB as usize, 64 << 10, 4096] {
+        for piece in [MIB_LEN, 64 << 10, 4096] {
             while free(&self.0) >= left + piece as u64 && file.write_all(&vec![7; piece]).is_ok() {
                 file.sync_all().ok();
             }
@@ -113,7 +114,7 @@ fn write_until_full<'a>(
     let device = device.another();
     let writer = scope.spawn(move || {
         for cluster in range {
-            device.write(cluster * MIB, MIB as usize, 1).expect("a write that may wait");
+            device.write(cluster * MIB, MIB_LEN, 1).expect("a write that may wait");
             answered.fetch_add(1, Ordering::SeqCst);
         }
     });
@@ -203,7 +204,7 @@ fn more_waiting_writers_than_the_loop_device_has_requests_do_not_stop_readers() 
     let disk = disk_on(&ground, &host, 512);
     let path = ground.mount(&[text(&disk)]);
     let device = Direct::open(&path);
-    device.write(0, MIB as usize, 1).unwrap();
+    device.write(0, MIB_LEN, 1).unwrap();
     device.sync().unwrap();
     host.fill(0);
     std::thread::scope(|scope| {
@@ -268,8 +269,8 @@ fn a_discard_makes_room_for_who_waits() {
         device.sync().unwrap();
         writer.join().unwrap();
     });
-    device.expect(25 * MIB, MIB as usize, 1);
-    assert!(device.read(0, MIB as usize).unwrap().iter().all(|&byte| byte == 0));
+    device.expect(25 * MIB, MIB_LEN, 1);
+    assert!(device.read(0, MIB_LEN).unwrap().iter().all(|&byte| byte == 0));
     drop(device);
     ground.ends_with(0, &["umount", text(&path)]);
     ground.ends_with(0, &["check", text(&disk)]);
@@ -370,7 +371,7 @@ fn a_hole_of_a_raw_disk_waits() {
         host.resize(70);
         writer.join().unwrap();
     });
-    (0..40).for_each(|cluster| device.expect(cluster * MIB, MIB as usize, 1));
+    (0..40).for_each(|cluster| device.expect(cluster * MIB, MIB_LEN, 1));
     drop(device);
     ground.ends_with(0, &["umount", text(&path)]);
     assert_eq!(fs::metadata(&image).unwrap().len(), 64 * MIB);
@@ -401,7 +402,7 @@ fn a_quota_that_is_used_up_is_waited_for_as_well() {
         limit(200);
         writer.join().unwrap();
     });
-    (0..40).for_each(|cluster| device.expect(cluster * MIB, MIB as usize, 1));
+    (0..40).for_each(|cluster| device.expect(cluster * MIB, MIB_LEN, 1));
     drop(device);
     ground.ends_with(0, &["umount", text(&path)]);
     ground.ends_with(0, &["check", text(&disk)]);
@@ -416,7 +417,7 @@ fn overwriting_a_file_that_shares_its_blocks_waits() {
     let disk = disk_on(&ground, &host, 128);
     let path = ground.mount(&[text(&disk)]);
     let device = Direct::open(&path);
-    (0..100).for_each(|cluster| device.write(cluster * MIB, MIB as usize, 0).unwrap());
+    (0..100).for_each(|cluster| device.write(cluster * MIB, MIB_LEN, 0).unwrap());
     device.sync().unwrap();
     // Somebody keeps a second file of the same blocks, as a backup does.
     let shared = host.0.join("shared");
@@ -426,12 +427,12 @@ fn overwriting_a_file_that_shares_its_blocks_waits() {
     std::thread::scope(|scope| {
         let _room = Room(&host);
         let writer = write_until_full(&ground, &device, scope, 0..100, &answered);
-        device.expect(99 * MIB, MIB as usize, 0);
+        device.expect(99 * MIB, MIB_LEN, 0);
         assert!(answered.load(Ordering::SeqCst) < 100);
         fs::remove_file(host.0.join("filler")).unwrap();
         writer.join().unwrap();
     });
-    (0..100).for_each(|cluster| device.expect(cluster * MIB, MIB as usize, 1));
+    (0..100).for_each(|cluster| device.expect(cluster * MIB, MIB_LEN, 1));
     device.sync().unwrap();
     assert_eq!(ground.status()["poisoned"], false);
     drop(device);

@@ -406,11 +406,13 @@ impl Disk {
         self.flusher.stop();
         self.full_host.stop();
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        threads.into_iter().fold(Ok(()), |all, thread| {
-            let ended =
-                thread.join().map_err(|_| Error::new(ErrorKind::System, "a thread of the disk has panicked"));
-            all.and(ended)
-        })
+        let mut result = Ok(());
+        for thread in threads {
+            if thread.join().is_err() {
+                result = Err(Error::new(ErrorKind::System, "a thread of the disk has panicked"));
+            }
+        }
+        result
     }
 
     /// What waits for space on the host now; `None` when nothing does.

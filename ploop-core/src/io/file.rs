@@ -399,7 +399,7 @@ impl Storage for FileStorage {
         }
         let space = nix::sys::statvfs::fstatvfs(&self.file)?;
         // Blocks that are kept for the superuser do not count.
-        Ok(Some(u64::from(space.blocks_available()).saturating_mul(u64::from(space.fragment_size()))))
+        Ok(Some(space.blocks_available().saturating_mul(space.fragment_size())))
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
