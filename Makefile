@@ -52,7 +52,7 @@ crash:
 	  $(CARGO) test --release --package ploop-core --test crash --test crash_ops -- --nocapture
 
 chaos: packages
-	PLOOP_CHAOS_TRIALS=200 $(CARGO) test --release --package pcopy --test faults --test kill -- --nocapture
+	PLOOP_CHAOS_TRIALS=200 $(CARGO) test --release --package pcopy --test faults --test stalls --test kill -- --nocapture
 
 fuzz:
 	$(CARGO) run --release --package ploop-fuzz -- canary
@@ -71,7 +71,7 @@ docs:
 nightly: packages check
 	@rm -rf $(RECORDS)
 	PLOOP_CRASH_STATES=50000000 PLOOP_CRASH_OPS_STATES=50000 PLOOP_HISTORIES=50000 PLOOP_MODEL_CASES=2000000 \
-	  ROUNDS=3000 PLOOP_FUZZ_SECONDS=3000 PLOOP_CHAOS_TRIALS=10000 PROPTEST_CASES=20000 \
+	  ROUNDS=3000 PLOOP_FUZZ_SECONDS=3000 PLOOP_CHAOS_TRIALS=10000 PLOOP_STALL_TRIALS=1000 PROPTEST_CASES=20000 \
 	  $(CARGO) test --workspace --release
 	$(MAKE) --no-print-directory loom guest
 	$(SHOW_RECORDS)

@@ -142,3 +142,66 @@ impl Drop for Answers {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::Patience;
+    use crate::wire::{FrameReader, Header};
+    use std::os::fd::OwnedFd;
+
+    fn answers(output: OwnedFd, stall: Duration, work: &Work, stop: &Cancel) -> Answers {
+        let patience = Patience { stall, cancels: vec![stop.clone()] };
+        Answers::start(Transport::writer(output, patience).unwrap(), stall, work.clone(), stop.clone())
+            .unwrap()
+    }
+
+    #[test]
+    fn work_is_reported_as_credit_and_nothing_else_is() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        let (work, stop) = (Work::default(), Cancel::new().unwrap());
+        let answers = answers(write, Duration::from_millis(40), &work, &stop);
+        let mut frames = FrameReader::new(std::fs::File::from(read));
+        let mut next = || {
+            let header: Header = frames.header().unwrap().unwrap();
+            (header.kind, frames.small_payload(&header).unwrap())
+        };
+        assert_eq!(next().0, Kind::Keepalive);
+        answers.welcome(&HelloAck { window_bytes: 1 << 25, protocol_version: 1 }, 144).unwrap();
+        while next().0 == Kind::Keepalive {}
+        let credit = (Kind::Credit, 144_u64.to_le_bytes().to_vec());
+        assert_eq!((next(), next()), (credit.clone(), credit.clone()));
+        // It lives, and nothing moves.
+        assert_eq!((next().0, next().0), (Kind::Keepalive, Kind::Keepalive));
+        work.step();
+        assert!((0..1000).any(|_| next() == credit));
+        assert!((0..1000).any(|_| next().0 == Kind::Keepalive), "one step is one report");
+        // After the verdict no credit may come.
+        answers.send(Kind::Verdict, &[0; 32]).unwrap();
+        while next().0 != Kind::Verdict {}
+        work.step();
+        assert!((0..5).all(|_| next().0 == Kind::Keepalive));
+    }
+
+    #[test]
+    fn a_way_back_that_stands_still_ends_the_copy() {
+        let (_read, write) = nix::unistd::pipe().unwrap();
+        let full = Transport::writer(
+            write.try_clone().unwrap(),
+            Patience { stall: Duration::from_millis(20), cancels: Vec::new() },
+        );
+        assert!(full.unwrap().write_all(&vec![0; 8 << 20]).is_err());
+        let stop = Cancel::new().unwrap();
+        let answers = answers(write, Duration::from_millis(40), &Work::default(), &stop);
+        assert!((0..30_000).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            stop.is_cancelled()
+        }));
+        assert_eq!(answers.broken().unwrap().kind(), ErrorKind::Write);
+        // Nothing waits a second time, and nothing follows half a frame.
+        let begun = std::time::Instant::now();
+        answers.abort(&[0; 8]);
+        assert!(answers.send(Kind::Keepalive, &[]).is_err());
+        assert!(begun.elapsed() < ABORT_PATIENCE);
+    }
+}

@@ -416,3 +416,57 @@ pub(crate) fn abort_payload(error: &Error) -> Vec<u8> {
     }
     Abort { code: error.kind().exit_code(), text }.encode()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STALL: Duration = Duration::from_millis(100);
+
+    /// Whether the receiver has been left when so much time has passed since it was last asked or moved.
+    fn is_left(exchange: &Exchange, passed: Duration) -> bool {
+        let mut state = exchange.lock();
+        state.moved = Instant::now().checked_sub(passed);
+        assert!(state.moved.is_some());
+        drop(state);
+        exchange.check_moves().is_err()
+    }
+
+    #[test]
+    fn only_who_owes_something_is_left_and_only_when_nothing_moves() {
+        let exchange = Exchange::new(true, STALL);
+        let (little, much) = (STALL * 5, STALL * 50);
+        // It has not answered yet: it may be making its file.
+        assert!(!is_left(&exchange, little) && is_left(&exchange, much));
+        exchange.lock().window = Some(HelloAck { window_bytes: 1 << 25, protocol_version: 1 });
+        // Idle: the sender has its own reasons to send nothing.
+        assert!(!is_left(&exchange, much));
+        assert!(matches!(exchange.reserve(Kind::Data, 100, STALL), Grant::Send));
+        assert!(exchange.check_moves().is_ok(), "its time begins when it is asked");
+        assert!(!is_left(&exchange, little) && is_left(&exchange, much));
+        // It reports its work.
+        exchange.lock().reports_work = true;
+        assert!(is_left(&exchange, little));
+        exchange.lock().credited_bytes = 100;
+        assert!(!is_left(&exchange, much));
+        exchange.tell_pass(1, true);
+        assert!(is_left(&exchange, little));
+        exchange.lock().durable_pass = 1;
+        assert!(!is_left(&exchange, much));
+        exchange.tell_sealed([0; 32]);
+        assert!(is_left(&exchange, little));
+        // Between the verdict and the wish to commit nobody waits for it.
+        exchange.lock().verdict = Some([0; 32]);
+        assert!(!is_left(&exchange, much));
+        assert!(!exchange.may_be_in_place());
+        exchange.tell_commit();
+        assert!(exchange.may_be_in_place());
+        assert!(!is_left(&exchange, little) && is_left(&exchange, much));
+        exchange.lock().peer_abort = Some(Error::new(ErrorKind::Rename, "x"));
+        assert!(!exchange.may_be_in_place(), "it has said so itself");
+        exchange.lock().peer_abort = Some(Error::new(ErrorKind::OutcomeUnknown, "x"));
+        assert!(exchange.may_be_in_place(), "it does not know either");
+        exchange.lock().committed = true;
+        assert!(!is_left(&exchange, much));
+    }
+}

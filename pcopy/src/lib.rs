@@ -10,7 +10,8 @@
 //!  Quiesce ◄───┘ converge: next pass, freeze or give up                          verify: reads back ◄──────────┘
 //! ```
 //!
-//! * [`wire`]: the frames and what may come when. [`transport`]: bytes with a time-out.
+//! * [`wire`]: the frames and what may come when. [`transport`]: bytes with a time-out. `work` and `answering`: what a
+//!   receiver reports while it is waited for. [`peer`] and `terminal`: the receiver's command.
 //! * [`source`], [`target`]: what is copied and into what; the only files that know images and disks. [`source_chain`]
 //!   and `target_chain`: the same for a disk with all its snapshots, which [`send_chain`] sends delta by delta.
 //! * [`converge`]: when to freeze. [`freeze`]: making writers stand still, and going on whatever happens.

@@ -31,7 +31,7 @@ const END_AFTER_SUCCESS: Duration = Duration::from_secs(10);
 /// How long it may take to end by itself after a failure: it may be about to say why.
 const END_AFTER_FAILURE: Duration = Duration::from_millis(500);
 /// How long it may take to obey before it is killed.
-const OBEY: Duration = Duration::from_secs(5);
+const OBEY: Duration = Duration::from_secs(10);
 /// How long to wait for the rest of what an ended command has said: what it started may keep that open.
 const REST: Duration = Duration::from_millis(200);
 /// What is kept of its words, in bytes, and of that, what is shown, in lines.
@@ -166,7 +166,8 @@ impl Peer {
         let _ = killpg(group, Signal::SIGCONT);
         if !matches!(self.wait(OBEY), Ok(Some(_))) {
             let _ = killpg(group, Signal::SIGKILL);
-            let _ = self.child.wait();
+            // What hangs in the kernel ends when it can; nobody waits for that.
+            let _ = self.wait(OBEY);
         }
     }
 }

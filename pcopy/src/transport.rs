@@ -329,7 +329,11 @@ pub fn explain(kind: ErrorKind, operation: &str, error: io::Error) -> Error {
     }
     let advice = match error.kind() {
         io::ErrorKind::TimedOut => {
-            return Error::new(kind, format!("{operation}: the other side shows no sign of life"))
+            let seen = match kind {
+                ErrorKind::Write => "the other side takes nothing any more",
+                _ => "the other side shows no sign of life",
+            };
+            return Error::new(kind, format!("{operation}: {seen}"))
                 .caused_by(error)
                 .advise("see whether it hangs, and start the copy again (a longer time-out can be given)");
         }

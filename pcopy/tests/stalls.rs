@@ -343,6 +343,8 @@ const HELLO_BYTES: u64 = (wire::HEADER_BYTES + wire::Hello::BYTES) as u64;
 
 #[test]
 fn signs_of_life_are_not_progress() {
+    // A thread of this test may be late, and must not be taken for a silent receiver.
+    const STALL: Duration = Duration::from_secs(2);
     let alive = |say: &mut dyn FnMut(Kind, &[u8])| {
         loop {
             say(Kind::Keepalive, &[]);
@@ -366,14 +368,14 @@ fn signs_of_life_are_not_progress() {
     assert!(took >= STALL * CALL_FACTOR && took < STALL * CALL_FACTOR + BUSY, "{took:?}");
     // One that reports work all the time is believed as long as the operator likes, here until it falls silent.
     let (kind, took) = to_puppet(STALL, |say| {
-        for _ in 0..40 {
+        for _ in 0..120 {
             say(Kind::Credit, &HELLO_BYTES.to_le_bytes());
             std::thread::sleep(Duration::from_millis(50));
         }
-        std::thread::sleep(STALL * 4);
+        std::thread::sleep(STALL * 2);
     });
     assert_eq!(kind, ErrorKind::Read);
-    assert!(took >= STALL + Duration::from_secs(2), "{took:?}");
+    assert!(took >= STALL * 3 + STALL, "{took:?}");
 }
 
 /// Both ends are open, and nobody is there: what `--to 'sleep 1000'` is.

@@ -211,7 +211,7 @@ mod tests {
         assert_eq!(last(&[failed(false, false)]).1, NOTHING_THERE_ONLY);
         assert_eq!(last(&[started.clone(), failed(true, true)]).1, MAY_BE_THERE);
         // The server is gone.
-        assert_eq!(last(&[started.clone()]).1, NOTHING_THERE_ONLY);
+        assert_eq!(last(std::slice::from_ref(&started)).1, NOTHING_THERE_ONLY);
         let sealed = [started, json!({"event": "sealed"})];
         assert_eq!(last(&sealed), (ErrorKind::OutcomeUnknown, MAY_BE_THERE.to_owned()));
         assert_eq!(last(&[]).1, "a");

@@ -182,6 +182,10 @@ impl Arguments {
 
     /// What clap cannot say of an option with two meanings.
     fn check(&self) -> Result<()> {
+        if self.stall_timeout == Some(0) {
+            return Err(Error::new(ErrorKind::Parameter, "--stall-timeout 0: nobody can answer in no time")
+                .advise("leave it out for 120 s, or give a second at least"));
+        }
         if self.chain && self.protocol == 1 {
             let message = "--chain with --protocol 1: the original's stream has no snapshots";
             return Err(Error::new(ErrorKind::Parameter, message)

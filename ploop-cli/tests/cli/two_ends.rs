@@ -64,6 +64,8 @@ fn a_command_that_says_nothing_is_left_in_time_and_ended_with_its_group() {
     let image = image(folder.path());
     // A number that is nobody else's.
     let word = format!("1000.{}", std::process::id());
+    let none = to(&image, "sleep 1", &["--stall-timeout", "0"]);
+    assert_eq!(none.code, 38, "{}", none.stderr);
     let begun = Instant::now();
     let ran = to(&image, &format!("sleep {word}"), &["--stall-timeout", "1"]);
     ended_with(&ran, &[6], &["no sign of life"]);
@@ -88,7 +90,7 @@ fn the_exit_code_is_the_receivers_or_that_of_a_broken_line() {
     let ran = to(&image, &format!("sh -c 'ulimit -f 4096; exec {receiver}'"), &[]);
     ended_with(&ran, &[6, 7], &[]);
     // It ends with a reason of its own and cannot say it.
-    let silenced = format!("sh -c '{receiver} 2>/dev/null | stdbuf -o0 head -c 1000; exit 20'");
+    let silenced = format!("sh -c '{receiver} 2>/dev/null | stdbuf -o0 head -c 400; exit 20'");
     ended_with(&to(&image, &silenced, &[]), &[20], &["exit status: 20"]);
     // What an incoming file of a killed one leaves goes with the next attempt.
     to(&image, &receiver, &[]).succeeded();
