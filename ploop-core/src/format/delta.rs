@@ -64,8 +64,9 @@ pub fn create_image(storage: &dyn Storage, options: &CreateOptions) -> Result<()
             error.advise("make room on the host file system, then remove the unfinished file")
         })?;
     let write = failed(ErrorKind::Write, "create image: write its table");
-    // All of it, zeros as well: blocks that are only reserved are a hole to the original's check.
-    let written_end = if options.preallocated { data_start } else { end };
+    // Whole clusters, zeros as well: to the original's check, blocks that are only reserved are a hole unless whole clusters
+    // are. The rest of a long table stays reserved: it costs no time here and no memory when it is opened.
+    let written_end = if options.preallocated { data_start } else { geometry.cluster_bytes().min(end) };
     let mut first = 0;
     while first < written_end {
         let end = (first + PIECE_BYTES).min(written_end);

@@ -194,7 +194,7 @@ pub fn next_written(file: BorrowedFd<'_>, offset: u64, end: u64) -> io::Result<O
             length: end - at,
             flags: FIEMAP_FLAG_SYNC,
             mapped_extents: 0,
-            extent_count: EXTENTS as u32,
+            extent_count: u32::try_from(EXTENTS).unwrap_or(0),
             reserved: 0,
             extents: [FileExtent::default(); EXTENTS],
         };
@@ -233,7 +233,7 @@ const UNTRUE_ABOUT_HOLES: [i64; 8] =
 
 /// Whether the file system of `file` is believed when it says that something is a hole.
 pub fn tells_holes(file: BorrowedFd<'_>) -> bool {
-    nix::sys::statfs::fstatfs(file).is_ok_and(|found| !is_untrue(found.filesystem_type().0 as i64))
+    nix::sys::statfs::fstatfs(file).is_ok_and(|found| !is_untrue(found.filesystem_type().0))
 }
 
 /// By the number of a file system, which some machines have signed.
