@@ -7,6 +7,7 @@
 pub mod format;
 pub mod mutate;
 pub mod ops;
+pub mod partitions;
 pub mod repair;
 pub mod wire;
 
@@ -30,6 +31,7 @@ pub const FUZZERS: &[Fuzzer] = &[
     Fuzzer { name: "descriptor", weight: 6, generate: format::xml, run: format::descriptor },
     Fuzzer { name: "check_repair", weight: 6, generate: format::image, run: repair::check_repair },
     Fuzzer { name: "dirty_bitmap", weight: 4, generate: repair::bitmaps, run: repair::dirty_bitmap },
+    Fuzzer { name: "partitions", weight: 2, generate: partitions::disk, run: partitions::run },
     Fuzzer { name: "wire", weight: 8, generate: wire::stream, run: wire::decode },
     Fuzzer { name: "planted", weight: 0, generate: ops::input, run: ops::run_with_planted_bug },
     Fuzzer { name: "canary", weight: 0, generate: mutate::bytes, run: canary },

@@ -155,12 +155,11 @@ impl ImageDestination {
         };
         let sizes = |version: Version, cluster_sectors: u32| {
             let cluster = Sectors(u64::from(cluster_sectors));
-            let sectors = Sectors::covering(hello.disk_bytes).0;
-            // The end of a disk that fills its last cluster only in part is padded with zeros.
-            let disk = Sectors(sectors.next_multiple_of(cluster.0.max(1)));
+            let sectors = Sectors::covering(hello.disk_bytes);
             match image {
                 ImageKind::Raw => Geometry::raw(cluster, hello.disk_bytes),
-                _ => Geometry::new(version, cluster, disk),
+                // A disk may end inside its last cluster.
+                _ => Geometry::exact(version, cluster, sectors),
             }
         };
         let wanted = self.options.cluster_sectors;

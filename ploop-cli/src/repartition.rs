@@ -20,10 +20,15 @@ use crate::partition_table::{self, Scheme, Table};
 
 /// Bytes in a sector, as a length in memory.
 const SECTOR: usize = 512;
-/// Entries of the tables that are written; the most a table may have to be changed.
-const ENTRIES: u32 = 128;
-/// The first sector behind a table of that many entries.
-const USABLE_FROM: u64 = 34;
+/// The most entries of a GPT: eight times as many as is usual.
+const ENTRIES_MAX: u32 = 1024;
+/// Bytes of an entry, and where in it the last sector stands.
+const ENTRY_BYTES: usize = 128;
+const LAST_AT: usize = 40;
+/// The least length of a GPT's header.
+const HEADER_BYTES: usize = 92;
+/// The checksum of a GPT.
+const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
 /// The most sectors that a DOS table can name.
 const DOS_SECTORS_MAX: u64 = u32::MAX as u64;
 
@@ -48,7 +53,7 @@ impl Overlay<'_> {
         }
         let mut bytes = [0; SECTOR];
         // A disk that is about to grow has zeros there.
-        if (number + 1) * SECTOR_BYTES <= self.disk.disk_bytes() {
+        if number < self.disk.disk_bytes() / SECTOR_BYTES {
             self.disk.read_at(number * SECTOR_BYTES, &mut bytes).map_err(io::Error::other)?;
         }
         Ok(bytes)
@@ -104,6 +109,10 @@ impl Seek for Overlay<'_> {
     }
 }
 
+fn word(bytes: &[u8; SECTOR], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
 /// Reads the GPT of a disk as if it had `len` bytes. Where the first copy is half written, the second counts: the library
 /// alone would refuse a first header whose entries are not its own.
 pub(crate) fn open_gpt(disk: &dyn DiskBytes, len: u64) -> Result<gpt::GptDisk<Overlay<'_>>> {
@@ -114,16 +123,13 @@ pub(crate) fn open_gpt(disk: &dyn DiskBytes, len: u64) -> Result<gpt::GptDisk<Ov
     };
     // The library sizes its memory by these fields, and panics at an entry of another size.
     let look = overlay(BTreeMap::new());
-    let word = |bytes: &[u8; SECTOR], at: usize| {
-        u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-    };
     let first = look.sector(1).map_err(|error| failed(&error))?;
     let second = u64::from(word(&first, 32)) | u64::from(word(&first, 36)) << 32;
     let last = (len / SECTOR_BYTES).saturating_sub(1);
     for number in [1, last, second.min(last)] {
         let header = look.sector(number).map_err(|error| failed(&error))?;
         let (entries, entry_bytes) = (word(&header, 80), word(&header, 84));
-        if header.starts_with(b"EFI PART") && (entry_bytes != 128 || entries > 8 * ENTRIES) {
+        if header.starts_with(b"EFI PART") && (entry_bytes != 128 || entries > ENTRIES_MAX) {
             return Err(failed(&format_args!("{entries} entries of {entry_bytes} bytes are not supported")));
         }
     }
@@ -213,7 +219,8 @@ pub(crate) fn fit(
     }))
 }
 
-/// The sectors of the GPT that fits `disk_bytes`.
+/// The sectors of the GPT that fits `disk_bytes`. Made of the bytes that are there: the library would number the partitions
+/// anew, and systems start by their numbers.
 fn plan_gpt(
     disk: &dyn DiskBytes,
     disk_bytes: u64,
@@ -223,44 +230,73 @@ fn plan_gpt(
         Error::new(ErrorKind::PartitionTable, format!("fit the partition table: {error}"))
             .advise("attach the whole disk with `ploop mount -n` and repair the table")
     };
-    let mut table = open_gpt(disk, disk_bytes).map_err(|error| failed(&error))?;
-    let mut partitions = table.take_partitions();
-    let odd = partitions
-        .iter()
-        .find(|(number, one)| **number > ENTRIES || (one.is_used() && one.first_lba < USABLE_FROM));
-    if let Some((number, _)) = odd {
-        return Err(failed(&format_args!(
-            "partition {number} has no place in a table of {ENTRIES} entries; use sgdisk"
-        )));
+    let table = open_gpt(disk, disk_bytes).map_err(|error| failed(&error))?;
+    let look = Overlay { disk, len: disk_bytes, position: 0, sectors: BTreeMap::new() };
+    let read = |number: u64| look.sector(number).map_err(|error| failed(&error));
+    let old = table.header();
+    let header = read(old.current_lba)?;
+    let header_bytes = usize::try_from(word(&header, 12)).unwrap_or(usize::MAX);
+    if !(HEADER_BYTES..=SECTOR).contains(&header_bytes) {
+        return Err(failed(&format_args!("a header of {header_bytes} bytes is not supported")));
     }
-    if let Some((number, end)) = target {
-        let one = partitions
-            .get_mut(&number)
-            .ok_or_else(|| failed(&format_args!("there is no partition {number}")))?;
-        one.last_lba = (end / SECTOR_BYTES)
-            .checked_sub(1)
-            .filter(|last| *last >= one.first_lba)
-            .ok_or_else(|| failed(&format_args!("partition {number} begins behind byte {end}")))?;
+    let entries_bytes = u64::from(old.num_parts) * u64::from(old.part_size);
+    let entries_sectors = entries_bytes.div_ceil(SECTOR_BYTES);
+    let mut entries = Vec::new();
+    for number in 0..entries_sectors {
+        entries.extend_from_slice(&read(old.part_start.saturating_add(number))?);
     }
-    let last_usable = (disk_bytes / SECTOR_BYTES).saturating_sub(TAIL_SECTORS + 1);
-    if let Some((number, _)) = partitions.iter().find(|(_, one)| one.is_used() && one.last_lba > last_usable)
-    {
-        return Err(failed(&format_args!("partition {number} leaves no room for the second copy")));
+    // Where both copies lie now.
+    let disk_sectors = disk_bytes / SECTOR_BYTES;
+    let first_start = if old.current_lba == 1 { old.part_start } else { 2 };
+    let second_start = disk_sectors.saturating_sub(1 + entries_sectors);
+    let last_usable = second_start.saturating_sub(1);
+    for (&number, one) in table.partitions().iter().filter(|(_, one)| one.is_used()) {
+        let mut last = one.last_lba;
+        if let Some((_, end)) = target.filter(|target| target.0 == number) {
+            last = (end / SECTOR_BYTES).saturating_sub(1);
+            let at = (number as usize - 1) * ENTRY_BYTES + LAST_AT;
+            entries[at..at + 8].copy_from_slice(&last.to_le_bytes());
+        }
+        if last < one.first_lba
+            || last > last_usable
+            || one.first_lba < first_start.saturating_add(entries_sectors)
+        {
+            return Err(failed(&format_args!(
+                "partition {number}, sectors {} to {last}, leaves no room for the table",
+                one.first_lba
+            )));
+        }
+        let is_in_the_way = |(other, place): (&u32, &gpt::partition::Partition)| {
+            *other != number && place.is_used() && place.first_lba > one.first_lba && place.first_lba <= last
+        };
+        if table.partitions().iter().any(is_in_the_way) {
+            return Err(failed(&format_args!("another lies behind partition {number}: it cannot grow")));
+        }
     }
-    let guid = *table.guid();
-    let mut device = Overlay { disk, len: disk_bytes, position: 0, sectors: BTreeMap::new() };
-    if let Some(first) = protection(&device.sector(0).map_err(|error| failed(&error))?, disk_bytes) {
-        device.sectors.insert(0, first);
+    if target.is_some_and(|(number, _)| !table.partitions().contains_key(&number)) {
+        return Err(failed(&"there is no such partition"));
     }
-    // A header made anew: one that is changed keeps its end where that is higher.
-    let mut table = gpt::GptConfig::new()
-        .writable(true)
-        .logical_block_size(gpt::disk::LogicalBlockSize::Lb512)
-        .create_from_device(device, Some(guid))
-        .map_err(|error| failed(&error))?;
-    table.update_partitions(partitions).map_err(|error| failed(&error))?;
-    let device = table.write().map_err(|error| failed(&error))?;
-    Ok(device.sectors)
+    let used = usize::try_from(entries_bytes).unwrap_or(usize::MAX).min(entries.len());
+    let entries_sum = CRC.checksum(&entries[..used]);
+    let mut sectors = BTreeMap::new();
+    if let Some(first) = protection(&read(0)?, disk_bytes) {
+        sectors.insert(0, first);
+    }
+    for (here, there, start) in [(1, disk_sectors - 1, first_start), (disk_sectors - 1, 1, second_start)] {
+        let mut copy = header;
+        for (at, value) in [(24, here), (32, there), (48, last_usable), (72, start)] {
+            copy[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        copy[88..92].copy_from_slice(&entries_sum.to_le_bytes());
+        copy[16..20].fill(0);
+        let sum = CRC.checksum(&copy[..header_bytes]);
+        copy[16..20].copy_from_slice(&sum.to_le_bytes());
+        sectors.insert(here, copy);
+        for (number, bytes) in (start..).zip(entries.as_chunks::<SECTOR>().0) {
+            sectors.insert(number, *bytes);
+        }
+    }
+    Ok(sectors)
 }
 
 /// The first sector with an entry that protects the whole of a disk of `disk_bytes`; `None` where it shall stay: one that
@@ -374,11 +410,24 @@ mod tests {
         let device = Overlay { disk: &disk, len: 64 * MIB, position: 0, sectors: BTreeMap::new() };
         let mut table = gpt::GptConfig::new().writable(true).create_from_device(device, None).unwrap();
         let kinds = [gpt::partition_types::EFI, gpt::partition_types::LINUX_FS];
-        table.add_partition_at("boot part", 3, 2048, 4096, kinds[0].clone(), 5).unwrap();
+        table.add_partition_at("boot part", 1, 2048, 4096, kinds[0].clone(), 5).unwrap();
         table.add_partition_at("the rest", 2, 8192, 4096, kinds[1].clone(), 0).unwrap();
         for (number, bytes) in &table.write().unwrap().sectors {
             file.write_all_at(bytes, number * 512).unwrap();
         }
+        // The library numbers from 1 on; others leave gaps.
+        let mut entries = vec![0; 32 * 512];
+        file.read_exact_at(&mut entries, 1024).unwrap();
+        entries.copy_within(..256, 13 * 128);
+        entries[..256].fill(0);
+        let mut header = [0; 512];
+        file.read_exact_at(&mut header, 512).unwrap();
+        header[88..92].copy_from_slice(&CRC.checksum(&entries).to_le_bytes());
+        header[16..20].fill(0);
+        let sum = CRC.checksum(&header[..92]);
+        header[16..20].copy_from_slice(&sum.to_le_bytes());
+        file.write_all_at(&header, 512).unwrap();
+        file.write_all_at(&entries, 1024).unwrap();
         let mut first = [7; 512];
         first[446..].fill(0);
         first[450] = 0xEE;
@@ -388,17 +437,18 @@ mod tests {
         file.set_len(128 * MIB).unwrap();
         let disk = ShownDisk::open(&path, true).unwrap();
         let before = partition_table::read(&disk).unwrap().unwrap();
-        assert_eq!(before.last().unwrap().number, 2);
+        assert_eq!(before.last().unwrap().number, 15);
         let end = partition_end(Scheme::Gpt, 128 * MIB);
-        fit(&path, 128 * MIB, Some((2, end))).unwrap();
+        fit(&path, 128 * MIB, Some((15, end))).unwrap();
         let after = partition_table::read(&disk).unwrap().unwrap();
-        assert_eq!(after.numbered(3), before.numbered(3));
+        assert_eq!(after.numbered(14), before.numbered(14));
+        assert_eq!(after.partitions.len(), 2);
         assert_eq!(after.last().unwrap().end(), end);
         let mut now = [0; 512];
         file.read_exact_at(&mut now, 0).unwrap();
         assert_eq!(now[..446], first[..446], "the boot code stays");
         assert_eq!(now[458..462], (128 * 2048 - 1u32).to_le_bytes());
-        assert!(fit(&path, 128 * MIB, Some((3, end))).is_err(), "another lies behind it");
+        assert!(fit(&path, 128 * MIB, Some((14, end))).is_err(), "another lies behind it");
     }
 
     /// The library alone would panic, or take gigabytes.
@@ -417,18 +467,12 @@ mod tests {
             let sound = header;
             header[at..at + 4].copy_from_slice(&value.to_le_bytes());
             header[16..20].fill(0);
-            let sum = crc32(&header[..92]);
+            let sum = CRC.checksum(&header[..92]);
             header[16..20].copy_from_slice(&sum.to_le_bytes());
             file.write_all_at(&header, 512).unwrap();
             let error = partition_table::read(&ShownDisk::open(&path, false).unwrap()).unwrap_err();
             assert!(error.to_string().contains("not supported"), "{error}");
             file.write_all_at(&sound, 512).unwrap();
         }
-    }
-
-    fn crc32(bytes: &[u8]) -> u32 {
-        let step = |sum: u32, bit: u32| sum >> 1 ^ (0xEDB8_8320 & ((sum & 1 ^ bit).wrapping_neg()));
-        let byte = |sum: u32, byte: &u8| (0..8).fold(sum, |sum, at| step(sum, u32::from(*byte) >> at & 1));
-        !bytes.iter().fold(u32::MAX, byte)
     }
 }

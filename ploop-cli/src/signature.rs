@@ -9,6 +9,8 @@ use std::process::{Command, Stdio};
 use ploop_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
+use crate::disk_bytes::{DiskBytes, ShownDisk};
+
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Content {
@@ -70,7 +72,7 @@ impl Content {
 fn failed(path: &Path, problem: String) -> Error {
     Error::new(ErrorKind::System, format!("find out what is on the disk: {problem}"))
         .at_path(path)
-        .advise("blkid of util-linux is needed for this; nothing was changed")
+        .advise("blkid and wipefs of util-linux are needed for this; nothing was changed")
 }
 
 /// Looks at the device or file `path`, or at a part of it: first byte and length.
@@ -80,23 +82,46 @@ pub(crate) fn probe(path: &Path, part: Option<(u64, u64)>) -> Result<Content> {
         line.extend(["--offset".into(), offset.to_string().into(), "--size".into(), len.to_string().into()]);
     }
     line.push(path.into());
+    // What cannot be read is told here: blkid says as little of it as of an empty file.
+    let disk = ShownDisk::open(path, false)?;
+    let (start, len) = part.unwrap_or((0, disk.disk_bytes()));
+    for offset in [start, (start + len).saturating_sub(512)] {
+        disk.read_at(offset, &mut [0; 512])?;
+    }
+    let (status, found, said) = run("blkid", &line, path)?;
+    match status {
+        Some(0) => Ok(understand(&found)),
+        Some(2) if said.is_empty() && found.is_empty() => nothing(path, part.is_none()),
+        Some(8) => Ok(Content { ambiguous: true, ..Content::default() }),
+        _ => Err(failed(path, format!("blkid ended with {status:?}: {said}"))),
+    }
+}
+
+/// Makes sure that there is nothing where blkid has found nothing: it says the same of what it could not open. Its sister
+/// must have looked at the file, and see no signature either.
+fn nothing(path: &Path, is_whole: bool) -> Result<Content> {
+    let line = ["--no-act", "--parsable"].map(OsString::from);
+    let (status, found, said) = run("wipefs", &[&line[..], &[path.into()]].concat(), path)?;
+    if status != Some(0) || !said.is_empty() {
+        return Err(failed(path, format!("wipefs ended with {status:?}: {said}")));
+    }
+    let is_empty = found.lines().all(|line| line.starts_with('#') || line.trim().is_empty());
+    Ok(Content { ambiguous: is_whole && !is_empty, ..Content::default() })
+}
+
+/// Runs a tool of util-linux: its exit code, what it printed and what it complained.
+fn run(tool: &str, line: &[OsString], path: &Path) -> Result<(Option<i32>, String, String)> {
     let tools = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let output = Command::new("blkid")
-        .args(&line)
+    let output = Command::new(tool)
+        .args(line)
         .env("PATH", tools)
         .env("LC_ALL", "C")
         .env_remove("LIBBLKID_DEBUG")
         .stdin(Stdio::null())
         .output()
-        .map_err(|cause| failed(path, format!("run blkid: {cause}")))?;
-    let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
-    match output.status.code() {
-        Some(0) => Ok(understand(&String::from_utf8_lossy(&output.stdout))),
-        // Nothing found; also the code for a file that it could not read, of which it then speaks.
-        Some(2) if said.is_empty() && output.stdout.is_empty() => Ok(Content::default()),
-        Some(8) => Ok(Content { ambiguous: true, ..Content::default() }),
-        _ => Err(failed(path, format!("blkid ended with {}: {said}", output.status))),
-    }
+        .map_err(|cause| failed(path, format!("run {tool}: {cause}")))?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    Ok((output.status.code(), text(&output.stdout), text(&output.stderr).replace('\n', "; ")))
 }
 
 fn understand(text: &str) -> Content {
@@ -139,7 +164,28 @@ mod tests {
     #[test]
     fn what_cannot_be_looked_at_is_not_called_empty() {
         let error = probe(Path::new("/nonexistent/disk"), None).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/disk"), "{error}");
+        let error = nothing(Path::new("/nonexistent/disk"), true).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::System);
-        assert!(error.to_string().contains("blkid") && error.advice().is_some(), "{error}");
+        assert!(error.advice().unwrap().contains("nothing was changed"), "{error}");
+        let error = run("no-such-tool", &[], Path::new("x")).unwrap_err();
+        assert!(error.advice().unwrap().contains("util-linux"), "{error}");
+    }
+
+    #[test]
+    fn an_empty_file_is_empty_and_swap_is_swap() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        assert!(probe(&path, None).unwrap().is_nothing());
+        assert!(probe(&path, Some((1 << 19, 1 << 18))).unwrap().is_nothing());
+        let mut page = vec![0; 1 << 20];
+        page[4086..4096].copy_from_slice(b"SWAPSPACE2");
+        page[1024] = 1;
+        page[1028] = 0xFF;
+        std::fs::write(&path, &page).unwrap();
+        assert_eq!(probe(&path, None).unwrap().kind.as_deref(), Some("swap"));
+        // Past the end.
+        assert!(probe(&path, Some((1 << 20, 512))).is_err());
     }
 }

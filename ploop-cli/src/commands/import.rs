@@ -30,11 +30,9 @@ const IMAGE_NAME: &str = "root.hds";
 /// Makes the image and DiskDescriptor.xml beside it, as init does, with the content of FILE. Holes and zeros of the input
 /// take no space. The disk is there when all of it is durable and compared.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "The size of the disk is that of the input, rounded up to whole clusters with zeros.\n\n\
+#[command(after_help = "The size of the disk is that of the input, to the sector of 512 bytes.\n\n\
                         Formats other than raw are read by qemu-img into the new disk, served by ploop; this needs root, \
-                        /dev/fuse and qemu-img. Files that stand on others (backing files, parts) are refused."
-)]
+                        /dev/fuse and qemu-img. Files that stand on others (backing files, parts) are refused.")]
 pub(crate) struct Arguments {
     /// Format of the input, if it is a file of its own; raw by default, but one that its name or first bytes call otherwise
     /// is then refused
@@ -48,6 +46,11 @@ pub(crate) struct Arguments {
     /// Size of the disk, if it shall be larger than the input; saves work when the input is a pipe
     #[arg(short = 's', long = "size", value_name = "SIZE", value_parser = args::size)]
     size: Option<Sectors>,
+
+    /// Round the size up to whole clusters, with zeros: for the kernel driver of the original, which opens no other image.
+    /// A second copy of a GPT is then no longer at the end
+    #[arg(long)]
+    round: bool,
 
     /// How the disk lies in its image
     #[arg(short = 'f', value_name = "FORMAT", default_value = "expanded")]
@@ -144,6 +147,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     let (folder, file) = place(&arguments.image)?;
     let options = ImportOptions {
         disk: arguments.size,
+        round: arguments.round,
         version: arguments.version.version(),
         cluster: Sectors(arguments.cluster_sectors),
         mode: arguments.format.mode(),
@@ -244,6 +248,7 @@ fn other_format(options: &ImportOptions, arguments: &Arguments, format: DiskForm
         version: options.version,
         cluster: options.cluster,
         mode: options.mode,
+        exact: !options.round,
         ..CreateOptions::new(&options.folder, &options.file, disk)
     })?;
     let filled = fill(&made, &input, format).and_then(|()| {

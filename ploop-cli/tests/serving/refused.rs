@@ -28,7 +28,7 @@ fn walk(folder: &Path, files: &mut BTreeMap<PathBuf, (u64, String)>) {
         if path.is_dir() {
             files.insert(path.clone(), (0, "folder".to_owned()));
             walk(&path, files);
-        } else if !path.extension().is_some_and(|extension| extension == "lck") {
+        } else if path.extension().is_none_or(|extension| extension != "lck") {
             // The lock file beside a descriptor may come and stays.
             let bytes = fs::read(&path).unwrap();
             files.insert(path, (bytes.len() as u64, blake3::hash(&bytes).to_string()));

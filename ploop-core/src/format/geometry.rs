@@ -84,6 +84,17 @@ impl Geometry {
     /// The geometry of an image to be created: `cluster` is a power of two from 64 to 131072 sectors, `disk` a
     /// multiple of it (the caller has rounded). Fails with `Parameter` beyond a limit of the version.
     pub fn new(version: Version, cluster: Sectors, disk: Sectors) -> Result<Self> {
+        if !disk.0.is_multiple_of(cluster.0.max(1)) {
+            return Err(parameter(format!(
+                "disk of {disk}: not a positive multiple of its clusters of {cluster}"
+            )));
+        }
+        Self::exact(version, cluster, disk)
+    }
+
+    /// The same for a disk that may end inside its last cluster, which still takes a whole one in the file. The kernel
+    /// driver of the original refuses such an image; QEMU and this program do not.
+    pub fn exact(version: Version, cluster: Sectors, disk: Sectors) -> Result<Self> {
         let cluster_sectors = u32::try_from(cluster.0)
             .ok()
             .filter(|sectors| sectors.is_power_of_two())
@@ -92,10 +103,8 @@ impl Geometry {
                 parameter(format!("cluster of {cluster}: not a power of two from 64 to 131072 sectors"))
                     .advise("use 2048 sectors (1 MiB) unless there is a reason not to")
             })?;
-        if disk.0 == 0 || !disk.0.is_multiple_of(cluster.0) {
-            return Err(parameter(format!(
-                "disk of {disk}: not a positive multiple of its clusters of {cluster}"
-            )));
+        if disk.0 == 0 {
+            return Err(parameter("a disk of 0 sectors is none".into()));
         }
         Self::build(version, cluster_sectors, disk)
     }

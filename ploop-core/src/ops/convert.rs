@@ -371,26 +371,16 @@ fn new_geometry(chain: &Chain, wanted: Form, raw: bool, warnings: &mut Vec<Strin
     if raw {
         return Geometry::raw(wanted.cluster, own.disk_bytes());
     }
+    // To the sector, whatever the clusters: partition tables and file systems know their end.
     let disk = own.disk_sectors();
-    let cluster = u64::from(own.cluster_sectors());
-    let whole = !own.is_raw() && cluster.is_power_of_two() && disk.0.is_multiple_of(cluster);
-    let rounded = disk.0.checked_next_multiple_of(wanted.cluster.0).map(Sectors);
-    let rounded = rounded.ok_or_else(|| refused(format!("a disk of {} sectors is too large", disk.0)))?;
-    if rounded != disk {
-        // What was whole stays as large as it is: partition tables and file systems know their end.
-        if whole {
-            return Err(refused(format!(
-                "the disk of {} sectors is no multiple of clusters of {}",
-                disk.0, wanted.cluster.0
-            ))
-            .advise("use smaller clusters, or resize the disk first"));
-        }
+    if !disk.0.is_multiple_of(wanted.cluster.0.max(1)) {
         warnings.push(format!(
-            "the disk was no multiple of the new clusters: it has grown from {} to {} sectors, with zeros",
-            disk.0, rounded.0
+            "the disk of {} sectors ends inside a cluster; the kernel driver of the original opens none of these: \
+             `ploop resize -s {}` rounds it up",
+            disk.0, disk.0
         ));
     }
-    Geometry::new(wanted.version, wanted.cluster, rounded)
+    Geometry::exact(wanted.version, wanted.cluster, disk)
 }
 
 impl Job {

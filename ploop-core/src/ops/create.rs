@@ -28,8 +28,10 @@ pub struct CreateOptions {
     pub folder: PathBuf,
     /// Name of the image in it; must be free.
     pub file: String,
-    /// Size of the disk, rounded up to whole clusters.
+    /// Size of the disk, rounded up to whole clusters unless it is exact.
     pub disk: Sectors,
+    /// The disk may end inside its last cluster.
+    pub exact: bool,
     /// Version of the image format; says nothing for a raw disk.
     pub version: Version,
     /// Size of a cluster: a power of two from 64 to 131072 sectors.
@@ -47,6 +49,7 @@ impl CreateOptions {
             folder: folder.into(),
             file: file.into(),
             disk,
+            exact: false,
             version: Version::V2,
             cluster: Sectors(u64::from(CLUSTER_SECTORS_DEFAULT)),
             mode: Mode::Expanded,
@@ -147,11 +150,14 @@ fn geometry(options: &CreateOptions) -> Result<Geometry> {
         || Error::new(ErrorKind::Parameter, format!("create disk: {} are too many", options.disk));
     let disk = match options.cluster.0 {
         0 => options.disk,
-        cluster => Sectors(options.disk.0.checked_next_multiple_of(cluster).ok_or_else(too_large)?),
+        cluster if !options.exact => {
+            Sectors(options.disk.0.checked_next_multiple_of(cluster).ok_or_else(too_large)?)
+        }
+        _ => options.disk,
     };
     // The limits of an image hold for a raw disk as well: it may get snapshots.
     let version = if options.mode == Mode::Raw { Version::V2 } else { options.version };
-    let geometry = Geometry::new(version, options.cluster, disk)?;
+    let geometry = Geometry::exact(version, options.cluster, disk)?;
     match options.mode {
         Mode::Raw => Geometry::raw(options.cluster, geometry.disk_bytes()),
         Mode::Expanded | Mode::Preallocated => Ok(geometry),

@@ -308,7 +308,14 @@ impl DosTable {
         let grows = end > partition.end();
         let mut steps = Vec::new();
         if let (Some((link_sector, link_slot)), Some(container)) = (partition.link, self.container) {
-            let container_end = if grows { container.end().max(end) } else { end };
+            // The extended one ends with its last partition, unless another is that.
+            let is_last =
+                behind.iter().all(|(first, _)| *first < partition.first || *first >= container.end());
+            let container_end = match (grows, is_last) {
+                (true, _) => container.end().max(end),
+                (false, true) => end,
+                (false, false) => container.end(),
+            };
             let container_sectors = container_end - container.start;
             if u32::try_from(container_sectors).is_err() {
                 return Err(refused("the extended partition would be too long".to_owned()));

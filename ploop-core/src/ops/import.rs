@@ -41,8 +41,10 @@ pub struct ImportOptions {
     /// Name of the image in it; must be free.
     pub file: String,
     /// Size of the disk; as long as the input if none. What the input lacks of it is zeros, a longer input is refused.
-    /// Rounded up to whole clusters in any case.
     pub disk: Option<Sectors>,
+    /// Round the size up to whole clusters, with zeros: the kernel driver of the original opens no other image. Else the
+    /// disk ends where its input does, to the sector, as its partition table says.
+    pub round: bool,
     /// Version of the image format; says nothing for a raw disk.
     pub version: Version,
     /// Size of a cluster: a power of two from 64 to 131072 sectors.
@@ -60,6 +62,7 @@ impl ImportOptions {
             folder: folder.into(),
             file: file.into(),
             disk: None,
+            round: false,
             version: Version::V2,
             cluster: Sectors(u64::from(CLUSTER_SECTORS_DEFAULT)),
             mode: Mode::Expanded,
@@ -262,10 +265,15 @@ fn geometry(options: &ImportOptions, input_bytes: u64) -> Result<Geometry> {
         return Err(refused("the input is empty").advise("give the size of the disk"));
     }
     let too_large = || refused(format!("{} sectors are too many", disk.0));
-    let rounded = Sectors(disk.0.checked_next_multiple_of(options.cluster.0).ok_or_else(too_large)?);
+    let disk = match options.cluster.0 {
+        cluster if options.round && cluster > 0 => {
+            Sectors(disk.0.checked_next_multiple_of(cluster).ok_or_else(too_large)?)
+        }
+        _ => disk,
+    };
     // The limits of an image hold for a raw disk as well: it may get snapshots.
     let version = if options.mode == Mode::Raw { Version::V2 } else { options.version };
-    let geometry = Geometry::new(version, options.cluster, rounded)?;
+    let geometry = Geometry::exact(version, options.cluster, disk)?;
     match options.mode {
         Mode::Raw => Geometry::raw(options.cluster, geometry.disk_bytes()),
         Mode::Expanded | Mode::Preallocated => Ok(geometry),

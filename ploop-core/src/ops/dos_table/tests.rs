@@ -79,6 +79,10 @@ fn the_last_logical_partition_takes_the_extended_one_along() {
     disk.apply(&steps);
     assert_eq!(disk.table().container.unwrap().end(), 25000);
     assert!(disk.table().with_end(6, 25000).unwrap().is_empty(), "nothing to do");
+    // Another than the last leaves the extended one alone.
+    let steps = disk.table().with_end(5, 12000).unwrap();
+    disk.apply(&steps);
+    assert_eq!(disk.table().partitions.iter().map(|one| one.end()).collect::<Vec<_>>(), [6144, 12000, 25000]);
 }
 
 #[test]

@@ -37,17 +37,19 @@ fn check(folder: &Path, bytes: &[u8], disk_bytes: u64) {
 fn files_and_streams_of_any_length() {
     for len in [1, 511, 512, 32_768, 32_769, 12_345_678] {
         let bytes = input(len);
-        let disk_bytes = (len as u64).next_multiple_of(32_768);
-        for mode in MODES {
+        // To the sector, or rounded up to whole clusters where that is asked for.
+        for (mode, round) in MODES.into_iter().flat_map(|mode| [(mode, false), (mode, true)]) {
+            let disk_bytes = (len as u64).next_multiple_of(if round { 32_768 } else { 512 });
             let place = tempfile::tempdir().unwrap();
             let file = place.path().join("input");
             std::fs::write(&file, &bytes).unwrap();
-            let report = import(&options(place.path(), mode), &file, &Silent).unwrap();
+            let options = ImportOptions { round, ..options(place.path(), mode) };
+            let report = import(&options, &file, &Silent).unwrap();
             assert_eq!((report.input_bytes, report.disk_bytes), (len as u64, disk_bytes));
             check(place.path(), &bytes, disk_bytes);
 
             let place = tempfile::tempdir().unwrap();
-            let mut options = options(place.path(), mode);
+            let mut options = ImportOptions { folder: place.path().to_path_buf(), ..options };
             if mode == Mode::Preallocated {
                 options.disk = Some(Sectors::covering(len as u64));
             }
@@ -105,8 +107,7 @@ fn a_stream_longer_than_its_first_table_gets_a_longer_one() {
             import_from(&options(place.path(), Mode::Expanded), Input::Stream(&mut source), &Silent).unwrap();
         assert_eq!(report.input_bytes, len);
         let chain = chain(place.path());
-        let geometry =
-            Geometry::new(Version::V2, Sectors(64), Sectors(len.next_multiple_of(32_768) / 512)).unwrap();
+        let geometry = Geometry::exact(Version::V2, Sectors(64), Sectors::covering(len)).unwrap();
         assert_eq!(*chain.geometry(), geometry, "{len}");
         let content = guest_content(&chain);
         for (at, &byte) in content.iter().enumerate().filter(|(_, byte)| **byte != 0) {
