@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use ploop_core::device::loop_device;
 use ploop_core::device::runtime::{Runtime, State};
 use ploop_server::holders::{Holders, Mounted, OtherUse, printable};
 use serde::Serialize;
@@ -31,8 +32,32 @@ enum Health {
     Starting,
     /// A sync has failed: writes fail, reads go on.
     Poisoned,
+    /// Served, but its keeper is dead: nobody would follow its server.
+    Unprotected,
+    /// An umount was refused half way: the device goes when its last user closes it.
+    Detaching,
+    /// Served, but without a block device: an umount was cut, or a program uses the exported file.
+    Deviceless,
     /// Nobody serves it any more.
     Failed,
+}
+
+impl Health {
+    /// What that means for whoever has to do something about it, and what.
+    fn advice(self) -> Option<&'static str> {
+        match self {
+            Self::Running | Self::Starting => None,
+            Self::Poisoned => {
+                Some("writes fail: save what can be read, then umount; its exit code tells why")
+            }
+            Self::Unprotected => {
+                Some("what was written is not safe if the server dies: umount and mount again")
+            }
+            Self::Detaching => Some("end what has the device open, then umount again"),
+            Self::Deviceless => Some("umount ends it; an export or import at work does by itself"),
+            Self::Failed => Some("umount clears what is left"),
+        }
+    }
 }
 
 /// A user of the device.
@@ -89,6 +114,8 @@ struct Line {
     takeovers: u32,
     jobs: Vec<String>,
     failure: Option<String>,
+    /// What to do about a disk that is not well.
+    advice: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -130,6 +157,9 @@ impl Report for Lines {
             if let Some(failure) = &line.failure {
                 write!(out, " {failure}")?;
             }
+            if let Some(advice) = &line.advice {
+                write!(out, "; {advice}")?;
+            }
             writeln!(out)?;
         }
         Ok(())
@@ -157,13 +187,16 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
     } else {
         match serving::status_of(&runtime.entry(&state.id)) {
             Ok(status) if status.poisoned => (Health::Poisoned, status.jobs),
-            Ok(status) if status.ready => (Health::Running, status.jobs),
+            Ok(status) if status.ready => (served_as(&state), status.jobs),
             Ok(_) | Err(_) => (Health::Starting, Vec::new()),
         }
     };
     let top = state.images.last().map(|image| image.path.clone());
+    let failure = state.failure.as_ref();
+    let advice = failure.and_then(|failure| failure.advice.clone());
     Ok(Line {
         health,
+        advice: advice.or_else(|| health.advice().map(str::to_owned)),
         disk: state.descriptor.map(|file| file.path).or(top).unwrap_or_default(),
         mount_points,
         used_by: users.collect(),
@@ -178,4 +211,16 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         id: state.id,
         device: state.loop_device,
     })
+}
+
+/// How a disk is that answers and takes writes.
+fn served_as(state: &State) -> Health {
+    let Some(device) = &state.loop_device else { return Health::Deviceless };
+    if loop_device::is_going(device) {
+        Health::Detaching
+    } else if state.keeper.is_some_and(|keeper| !keeper.is_running()) {
+        Health::Unprotected
+    } else {
+        Health::Running
+    }
 }

@@ -8,10 +8,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use nix::sys::signal::Signal;
 use ploop_core::io::sys;
 use serde_json::Value;
 
-use crate::ground::{Ground, program, text};
+use crate::ground::{Ground, program, signal, text};
 use crate::patience::becomes;
 
 /// Whether a program is there; says so if not.
@@ -443,6 +444,32 @@ fn a_device_that_something_claims_for_itself_is_not_taken_for_quiet() {
     is_refused_or_said(&ground, &image, &["for itself"]);
     drop(claim);
     assert_eq!(copied(&ground, &image, "free", &[])["as_of"], "unused");
+}
+
+#[test]
+fn a_disk_that_is_half_unmounted_or_unprotected_is_listed_as_that() {
+    let Some(ground) = Ground::new() else { return };
+    let (image, device) = disk(&ground, "disk");
+    let health = || -> (String, String) {
+        let listed: Value = serde_json::from_str(&ground.ends_with(0, &["--json", "list"])).unwrap();
+        let line = &listed["disks"][0];
+        let word = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
+        (word("health"), word("advice"))
+    };
+    assert_eq!(health(), ("running".to_owned(), String::new()));
+    let reader = File::open(&device).unwrap();
+    ground.ends_with(46, &["umount", text(&image)]);
+    let (word, advice) = health();
+    assert!(word == "detaching" && advice.contains("end what has the device open"), "{word}: {advice}");
+    assert!(ground.ends_with(0, &["list"]).contains("[detaching"));
+    drop(reader);
+    ground.wait_until("the device has gone", || health().0 == "deviceless");
+    ground.ends_with(0, &["umount", text(&image)]);
+    ground.mount(&[text(&image)]);
+    signal(ground.state().keeper.unwrap().id, Signal::SIGKILL);
+    ground
+        .wait_until("the keeper's death is seen", || matches!(health().0.as_str(), "unprotected" | "failed"));
+    assert_ne!(health().1, "");
 }
 
 #[test]
