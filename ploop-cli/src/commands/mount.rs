@@ -17,6 +17,7 @@ use crate::open::{self, Wanted};
 use crate::output::{Output, Report};
 use crate::serving::{self, ServeOptions, Served};
 use crate::space_used;
+use crate::twin;
 
 /// Make a disk a block device and mount its file system
 ///
@@ -84,6 +85,11 @@ pub(crate) struct Arguments {
     #[arg(long)]
     allow_reclaim_stall: bool,
 
+    /// Mount it although a file system with the same UUID is mounted here, as that of a disk is beside its copy; XFS gets
+    /// the option nouuid
+    #[arg(long, requires = "mount_point")]
+    allow_twin: bool,
+
     /// DiskDescriptor.xml or its folder, or image files, base first
     #[arg(value_name = "DISK", required = true)]
     disks: Vec<PathBuf>,
@@ -139,6 +145,7 @@ impl Arguments {
             whole_disk: false,
             threads: 1,
             allow_reclaim_stall: false,
+            allow_twin: false,
             disks: vec![disk],
         }
     }
@@ -227,6 +234,11 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only
         check_file_system(&device, arguments, read_only)?;
     }
     let Some(point) = point else { return Ok(device) };
+    let identity = twin::check(&served.state, &device, arguments.allow_twin)?;
+    let mut options = arguments.options.clone();
+    if arguments.allow_twin && identity.kind.as_deref() == Some("xfs") {
+        options = Some(options.map_or_else(|| "nouuid".to_owned(), |options| format!("{options},nouuid")));
+    }
     // Remembered first: umount finds it also when somebody unmounts the file system by hand.
     served.entry.update(|state| state.mount_points.push(point.to_path_buf()))?;
     if let Some(folder) = space_used::record_folder(&served.state) {
@@ -236,7 +248,7 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only
     if read_only {
         line.push("-r".into());
     }
-    for (option, value) in [("-t", &arguments.file_system), ("-o", &arguments.options)] {
+    for (option, value) in [("-t", &arguments.file_system), ("-o", &options)] {
         if let Some(value) = value {
             line.extend([option.into(), value.into()]);
         }

@@ -552,6 +552,37 @@ fn a_file_system_that_others_build_on_is_frozen_below_them() {
 }
 
 #[test]
+fn a_copy_is_not_mounted_beside_its_original_unless_that_is_wished() {
+    let Some(ground) = Ground::new() else { return };
+    let kinds =
+        [("mkfs.ext4", "-q", "ext4", 64), ("mkfs.xfs", "-q", "xfs", 320), ("mkfs.btrfs", "-q", "btrfs", 128)];
+    for (number, (maker, option, kind, size_mib)) in kinds.into_iter().enumerate() {
+        if !has(maker) || !knows(kind) {
+            continue;
+        }
+        let image = ground.create(&format!("disk{number}"), size_mib, 64);
+        let device = ground.mount(&[text(&image)]);
+        program(maker, &[option, text(&device)]);
+        ground.ends_with(0, &["umount", text(&image)]);
+        let (point, other) = (ground.make_folder("point"), ground.make_folder("other"));
+        ground.mount(&["-m", text(&point), text(&image)]);
+        let target = ground.make_folder(&format!("copy{number}")).join("disk.hds");
+        let said = ground.ends_with(0, &["copy", "-s", text(&image), "-d", text(&target)]);
+        assert!(said.contains("have the UUIDs of these"), "{said}");
+        let said = ground.ends_with(21, &["mount", "-m", text(&other), text(&target)]);
+        assert!(said.contains(text(&point)) && said.contains("--allow-twin"), "{said}");
+        if kind != "btrfs" {
+            ground.mount(&["--allow-twin", "-m", text(&other), text(&target)]);
+            ground.ends_with(0, &["umount", text(&other)]);
+        }
+        ground.ends_with(0, &["umount", text(&point)]);
+        // Alone it is nobody's twin.
+        ground.mount(&["-m", text(&other), text(&target)]);
+        ground.ends_with(0, &["umount", text(&other)]);
+    }
+}
+
+#[test]
 fn a_closed_disk_is_copied_as_of_nobody() {
     let Some(ground) = Ground::new() else { return };
     let image = ground.create("disk", 16, 64);
