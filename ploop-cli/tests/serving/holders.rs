@@ -392,9 +392,7 @@ fn is_refused_or_said(ground: &Ground, image: &Path, words: &[&str]) {
         }
     }
     assert!(!target.exists());
-    for line in [&["tsnapshot", "-c", "x", text(folder)][..]] {
-        ground.ends_with(14, line);
-    }
+    ground.ends_with(14, &["tsnapshot", "-c", "x", text(folder)]);
     let figures = copied(ground, image, "crash", &["--crash-consistent"]);
     assert_eq!(figures["as_of"], "crash_consistent", "{figures}");
     let to = ground.make_folder("people").join("disk.hds");
