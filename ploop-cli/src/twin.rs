@@ -9,6 +9,8 @@ use ploop_core::device::mount_table;
 use ploop_core::device::runtime::{Runtime, State};
 use ploop_core::{Error, ErrorKind, Result};
 
+use crate::output::Output;
+
 /// What is known of the file system on a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
@@ -74,8 +76,9 @@ fn candidates(own: &State) -> Result<Vec<Candidate>> {
     Ok(found)
 }
 
-/// What is on `device`, of the served disk `own`, unless its twin is mounted here: [`ErrorKind::Mount`] then.
-pub(crate) fn check(own: &State, device: &Path, allow: bool) -> Result<Identity> {
+/// What is on `device`, of the served disk `own`, unless its twin is mounted here: [`ErrorKind::Mount`] then. To look at a
+/// copy, read-only, is harmless where the kernel does not itself go by UUIDs: a warning.
+pub(crate) fn check(own: &State, device: &Path, allow: bool, output: &Output) -> Result<Identity> {
     let identity = identity_of(device)?;
     let Some(uuid) = identity.uuid.clone().filter(|_| !allow) else { return Ok(identity) };
     let is_twin =
@@ -86,6 +89,11 @@ pub(crate) fn check(own: &State, device: &Path, allow: bool) -> Result<Identity>
         twin.point.display(),
         twin.device.display()
     );
+    let goes_by_uuid = matches!(identity.kind.as_deref(), Some("btrfs" | "xfs"));
+    if own.open.read_only && !goes_by_uuid {
+        output.warn(&format!("{}: {message}", device.display()));
+        return Ok(identity);
+    }
     Err(Error::new(ErrorKind::Mount, message).at_path(device).advise(
         "give one of them another UUID (without -m: tune2fs -U random DEVICE, xfs_admin -U generate DEVICE, btrfstune -u \
          DEVICE); or mount the twin all the same, with --allow-twin",

@@ -182,7 +182,7 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
             without_device: false,
         },
     )?;
-    match mount(&served, arguments, mount_point.as_deref(), read_only) {
+    match mount(&served, arguments, mount_point.as_deref(), output) {
         Ok(device) => Ok(Mounted {
             device,
             mount_point,
@@ -226,7 +226,8 @@ pub(crate) fn check_mount_point(point: &Path) -> Result<PathBuf> {
 }
 
 /// Checks and mounts the file system as far as asked; the device.
-fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only: bool) -> Result<PathBuf> {
+fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, output: &Output) -> Result<PathBuf> {
+    let read_only = served.state.open.read_only;
     let device = served.state.loop_device.clone().ok_or_else(|| {
         Error::new(ErrorKind::Device, "the disk has no loop device").at_path(served.entry.path())
     })?;
@@ -234,7 +235,7 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only
         check_file_system(&device, arguments, read_only)?;
     }
     let Some(point) = point else { return Ok(device) };
-    let identity = twin::check(&served.state, &device, arguments.allow_twin)?;
+    let identity = twin::check(&served.state, &device, arguments.allow_twin, output)?;
     let mut options = arguments.options.clone();
     if arguments.allow_twin && identity.kind.as_deref() == Some("xfs") {
         options = Some(options.map_or_else(|| "nouuid".to_owned(), |options| format!("{options},nouuid")));
