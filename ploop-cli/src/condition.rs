@@ -5,6 +5,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use ploop_core::device::loop_device;
 use ploop_core::device::runtime::{Entry, State};
 use ploop_core::{Error, ErrorKind};
 use serde::Serialize;
@@ -18,10 +19,14 @@ use crate::serving::{self, Status};
 pub(crate) enum Word {
     /// Served, and all is well.
     Running,
+    /// Served, but without a block device: an umount was cut, or a program uses the exported file.
+    Deviceless,
     /// About to be served, or a server is just succeeding another.
     Starting,
     /// Served, and nobody would succeed the server: its keeper is dead.
     Unguarded,
+    /// An umount was refused half way: the device goes when its last user closes it.
+    Detaching,
     /// Writes wait for space on the host; all else goes on.
     Waiting,
     /// The server gives no sign of life.
@@ -37,8 +42,10 @@ impl Word {
     pub(crate) fn text(self) -> &'static str {
         match self {
             Self::Running => "running",
+            Self::Deviceless => "deviceless",
             Self::Starting => "starting",
             Self::Unguarded => "unguarded",
+            Self::Detaching => "detaching",
             Self::Waiting => "waiting",
             Self::Hanging => "hanging",
             Self::Poisoned => "poisoned",
@@ -49,9 +56,10 @@ impl Word {
     /// What kind of failure it is to meet a disk like this; `None` when it is none.
     pub(crate) fn failure(self) -> Option<ErrorKind> {
         match self {
-            Self::Running => None,
+            Self::Running | Self::Deviceless => None,
             Self::Starting => Some(ErrorKind::Busy),
             Self::Unguarded => Some(ErrorKind::System),
+            Self::Detaching => Some(ErrorKind::UnmountBusy),
             Self::Waiting => Some(ErrorKind::Allocate),
             Self::Poisoned => Some(ErrorKind::Sync),
             Self::Hanging | Self::Failed => Some(ErrorKind::Device),
@@ -99,6 +107,8 @@ impl Condition {
                 if condition.word == Word::Running && serving::is_unguarded(state, &status) {
                     condition =
                         Self { cause: Some(serving::UNGUARDED.to_owned()), ..Self::plain(Word::Unguarded) };
+                } else if condition.word == Word::Running {
+                    condition = Self::of_device(state);
                 }
                 (condition, Some(status))
             }
@@ -108,6 +118,24 @@ impl Condition {
                 (Self { cause, advice, ..Self::plain(Word::Starting) }, None)
             }
         }
+    }
+
+    /// How a disk that answers and takes writes is by its device.
+    fn of_device(state: &State) -> Self {
+        let (word, cause, advice) = match &state.loop_device {
+            None => (
+                Word::Deviceless,
+                "it is served without a block device",
+                "umount ends it; an export or import at work does by itself",
+            ),
+            Some(device) if loop_device::is_going(device) => (
+                Word::Detaching,
+                "an umount found its device in use: it goes when its last user closes it",
+                "end what has the device open, then umount again",
+            ),
+            Some(_) => return Self::plain(Word::Running),
+        };
+        Self { cause: Some(cause.to_owned()), advice: Some(advice.to_owned()), ..Self::plain(word) }
     }
 
     /// How a disk is by what its server says of itself.
@@ -192,12 +220,20 @@ mod tests {
 
     #[test]
     fn every_condition_but_running_is_a_failure_to_meet() {
-        for word in
-            [Word::Starting, Word::Unguarded, Word::Waiting, Word::Hanging, Word::Poisoned, Word::Failed]
-        {
+        for word in [
+            Word::Starting,
+            Word::Unguarded,
+            Word::Detaching,
+            Word::Waiting,
+            Word::Hanging,
+            Word::Poisoned,
+            Word::Failed,
+        ] {
             assert!(word.failure().is_some(), "{}", word.text());
             assert!(word > Word::Running);
         }
-        assert_eq!(Word::Running.failure(), None);
+        for well in [Word::Running, Word::Deviceless] {
+            assert_eq!(well.failure(), None);
+        }
     }
 }

@@ -36,6 +36,7 @@ mod sizing;
 mod snapshot_service;
 mod snapshots;
 mod space_used;
+mod twin;
 
 use std::process::ExitCode;
 

@@ -268,7 +268,14 @@ impl Report for Sent {
         match details.as_slice() {
             [] => writeln!(out, "as of: {as_of}"),
             details => writeln!(out, "as of: {as_of}: {}", details.join("; ")),
+        }?;
+        if report["as_of"] == AsOf::FileSystemFrozen.word() {
+            writeln!(
+                out,
+                "note: the file systems of the copy have the UUIDs of these; on one machine, mount one of the two"
+            )?;
         }
+        Ok(())
     }
 }
 

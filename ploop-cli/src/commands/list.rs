@@ -199,15 +199,3 @@ fn line(runtime: &Runtime, state: State) -> ploop_core::Result<Line> {
         device: state.loop_device,
     })
 }
-
-#[cfg(test)]
-mod tests {
-    use super::utc;
-
-    #[test]
-    fn moments_are_utc() {
-        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
-        assert_eq!(utc(951_827_696_123), "2000-02-29T12:34:56Z");
-        assert_eq!(utc(4_102_444_799_000), "2099-12-31T23:59:59Z");
-    }
-}

@@ -25,6 +25,7 @@ use crate::partition_table;
 use crate::serving::{self, ServeOptions, Served};
 use crate::snapshots::guid_or_word;
 use crate::space_used;
+use crate::twin;
 
 /// Make a disk a block device and mount its file system
 ///
@@ -104,6 +105,10 @@ pub(crate) struct Arguments {
     parents: Vec<PathBuf>,
     #[command(flatten)]
     accepting: Accepting,
+    /// Mount it although a file system with the same UUID is mounted here, as that of a disk is beside its copy; XFS gets
+    /// the option nouuid
+    #[arg(long, requires = "mount_point")]
+    allow_twin: bool,
 
     /// DiskDescriptor.xml or its folder, or image files, base first
     #[arg(value_name = "DISK", required = true)]
@@ -166,6 +171,7 @@ impl Arguments {
             allow_reclaim_stall: false,
             parents: Vec::new(),
             accepting: Accepting::default(),
+            allow_twin: false,
             disks: vec![disk],
         }
     }
@@ -228,7 +234,7 @@ pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
     if arguments.partition.is_none() {
         tell_of_others(&served, output);
     }
-    match mount(&served, arguments, mount_point.as_deref(), read_only) {
+    match mount(&served, arguments, mount_point.as_deref(), output) {
         Ok(device) => Ok(Mounted {
             device,
             mount_point,
@@ -297,7 +303,8 @@ pub(crate) fn check_mount_point(point: &Path) -> Result<PathBuf> {
 }
 
 /// Checks and mounts the file system as far as asked; the device.
-fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only: bool) -> Result<PathBuf> {
+fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, output: &Output) -> Result<PathBuf> {
+    let read_only = served.state.open.read_only;
     let device = served.state.loop_device.clone().ok_or_else(|| {
         Error::new(ErrorKind::Device, "the disk has no loop device").at_path(served.entry.path())
     })?;
@@ -305,6 +312,11 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only
         check_file_system(&device, arguments, read_only)?;
     }
     let Some(point) = point else { return Ok(device) };
+    let identity = twin::check(&served.state, &device, arguments.allow_twin, output)?;
+    let mut options = arguments.options.clone();
+    if arguments.allow_twin && identity.kind.as_deref() == Some("xfs") {
+        options = Some(options.map_or_else(|| "nouuid".to_owned(), |options| format!("{options},nouuid")));
+    }
     // Remembered first: umount finds it also when somebody unmounts the file system by hand.
     served.entry.update(|state| state.mount_points.push(point.to_path_buf()))?;
     if let Some(folder) = space_used::record_folder(&served.state) {
@@ -314,7 +326,7 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, read_only
     if read_only {
         line.push("-r".into());
     }
-    for (option, value) in [("-t", &arguments.file_system), ("-o", &arguments.options)] {
+    for (option, value) in [("-t", &arguments.file_system), ("-o", &options)] {
         if let Some(value) = value {
             line.extend([option.into(), value.into()]);
         }

@@ -253,7 +253,7 @@ fn a_mounted_disk_moves_with_its_snapshots_and_a_branch() {
         assert_eq!(bulk.unwrap(), content.len() << 19);
     }
     same_images(&image, &target);
-    let copy = stage.mount(&to.join("DiskDescriptor.xml"), &[]);
+    let copy = stage.mount(&to.join("DiskDescriptor.xml"), &["--allow-twin"]);
     assert_eq!(fs::read_to_string(copy.point.join("file")).unwrap(), "four");
     let reached = history.verify(&copy.point.join("witness"), at_hook.load(Ordering::SeqCst), issued);
     reached.unwrap_or_else(|wrong| panic!("{wrong}"));

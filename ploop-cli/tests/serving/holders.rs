@@ -8,10 +8,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use nix::sys::signal::Signal;
 use ploop_core::io::sys;
 use serde_json::Value;
 
-use crate::ground::{Ground, program, text};
+use crate::ground::{Ground, program, signal, text};
 use crate::patience::becomes;
 
 /// Whether a program is there; says so if not.
@@ -391,9 +392,7 @@ fn is_refused_or_said(ground: &Ground, image: &Path, words: &[&str]) {
         }
     }
     assert!(!target.exists());
-    for line in [&["tsnapshot", "-c", "x", text(folder)][..]] {
-        ground.ends_with(14, line);
-    }
+    ground.ends_with(14, &["tsnapshot", "-c", "x", text(folder)]);
     let figures = copied(ground, image, "crash", &["--crash-consistent"]);
     assert_eq!(figures["as_of"], "crash_consistent", "{figures}");
     let to = ground.make_folder("people").join("disk.hds");
@@ -443,6 +442,32 @@ fn a_device_that_something_claims_for_itself_is_not_taken_for_quiet() {
     is_refused_or_said(&ground, &image, &["for itself"]);
     drop(claim);
     assert_eq!(copied(&ground, &image, "free", &[])["as_of"], "unused");
+}
+
+#[test]
+fn a_disk_that_is_half_unmounted_or_unprotected_is_listed_as_that() {
+    let Some(ground) = Ground::new() else { return };
+    let (image, device) = disk(&ground, "disk");
+    let health = || -> (String, String) {
+        let listed: Value = serde_json::from_str(&ground.ends_with(0, &["--json", "list"])).unwrap();
+        let line = &listed["disks"][0];
+        let word = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
+        (word("health"), word("advice"))
+    };
+    assert_eq!(health(), ("running".to_owned(), String::new()));
+    let reader = File::open(&device).unwrap();
+    ground.ends_with(46, &["umount", text(&image)]);
+    let (word, advice) = health();
+    assert!(word == "detaching" && advice.contains("end what has the device open"), "{word}: {advice}");
+    assert!(ground.ends_with(0, &["list"]).contains("[detaching"));
+    drop(reader);
+    ground.wait_until("the device has gone", || health().0 == "deviceless");
+    ground.ends_with(0, &["umount", text(&image)]);
+    ground.mount(&[text(&image)]);
+    signal(ground.state().keeper.unwrap().id, Signal::SIGKILL);
+    ground
+        .wait_until("the keeper's death is seen", || matches!(health().0.as_str(), "unprotected" | "failed"));
+    assert_ne!(health().1, "");
 }
 
 #[test]
@@ -522,6 +547,44 @@ fn a_file_system_that_others_build_on_is_frozen_below_them() {
     assert!(said.contains(text(&merged)), "{said}");
     assert_eq!(fs::read_to_string(point.join("upper/file")).unwrap(), "before", "nothing was unmounted");
     drop(overlay);
+}
+
+#[test]
+fn a_copy_is_not_mounted_beside_its_original_unless_that_is_wished() {
+    let Some(ground) = Ground::new() else { return };
+    let kinds =
+        [("mkfs.ext4", "-q", "ext4", 64), ("mkfs.xfs", "-q", "xfs", 320), ("mkfs.btrfs", "-q", "btrfs", 128)];
+    for (number, (maker, option, kind, size_mib)) in kinds.into_iter().enumerate() {
+        if !has(maker) || !knows(kind) {
+            continue;
+        }
+        let image = ground.create(&format!("disk{number}"), size_mib, 64);
+        let device = ground.mount(&[text(&image)]);
+        program(maker, &[option, text(&device)]);
+        ground.ends_with(0, &["umount", text(&image)]);
+        let (point, other) = (ground.make_folder("point"), ground.make_folder("other"));
+        ground.mount(&["-m", text(&point), text(&image)]);
+        let target = ground.make_folder(&format!("copy{number}")).join("disk.hds");
+        let said = ground.ends_with(0, &["copy", "-s", text(&image), "-d", text(&target)]);
+        assert!(said.contains("have the UUIDs of these"), "{said}");
+        let said = ground.ends_with(21, &["mount", "-m", text(&other), text(&target)]);
+        assert!(said.contains(text(&point)) && said.contains("--allow-twin"), "{said}");
+        if kind == "ext4" {
+            let said = ground.ends_with(0, &["mount", "-r", "-m", text(&other), text(&target)]);
+            assert!(said.contains("warning") && said.contains(text(&point)), "{said}");
+            ground.ends_with(0, &["umount", text(&other)]);
+        } else {
+            ground.ends_with(21, &["mount", "-r", "-m", text(&other), text(&target)]);
+        }
+        if kind != "btrfs" {
+            ground.mount(&["--allow-twin", "-m", text(&other), text(&target)]);
+            ground.ends_with(0, &["umount", text(&other)]);
+        }
+        ground.ends_with(0, &["umount", text(&point)]);
+        // Alone it is nobody's twin.
+        ground.mount(&["-m", text(&other), text(&target)]);
+        ground.ends_with(0, &["umount", text(&other)]);
+    }
 }
 
 #[test]

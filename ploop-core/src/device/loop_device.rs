@@ -171,6 +171,12 @@ pub fn backing_file(device: &Path) -> Option<PathBuf> {
         .map(|name| PathBuf::from(name.strip_suffix(" (deleted)").unwrap_or(&name)))
 }
 
+/// Whether a loop device was detached while somebody had it open: it goes with its last close. Ours have no other
+/// reason to clear themselves.
+pub fn is_going(device: &Path) -> bool {
+    attribute(device, "autoclear").as_deref() == Some("1")
+}
+
 /// Which file is behind the device: device and inode number, or nothing known when its file system is dead, as that of
 /// a server that was given up. `None` when no file is.
 fn attached(node: &File) -> Option<Option<(u64, u64)>> {
