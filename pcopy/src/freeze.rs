@@ -117,6 +117,20 @@ impl<'a> Frozen<'a> {
         self.gate = Some(gate);
     }
 
+    /// As [`thaw`](Self::thaw), of writers that may be stopped again.
+    pub(crate) fn thaw_for_another(&mut self) -> Result<()> {
+        self.gate = None;
+        match &mut self.quiesce {
+            None => Ok(()),
+            Some(quiesce) => quiesce.thaw().or_else(|_| quiesce.thaw()),
+        }
+    }
+
+    /// Gives back who stops them.
+    pub(crate) fn into_quiesce(mut self) -> Option<&'a mut dyn Quiesce> {
+        self.quiesce.take()
+    }
+
     /// Opens the gate first: a thaw may have to write.
     pub(crate) fn thaw(&mut self) -> Result<()> {
         self.gate = None;
@@ -489,7 +503,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (tries, record) = (folder.path().join("tries"), folder.path().join("frozen.json"));
         let count = || std::fs::read_to_string(&tries).unwrap_or_default().len();
-        let mut quiesce = |succeeds_at: usize| {
+        let quiesce = |succeeds_at: usize| {
             std::fs::remove_file(&tries).ok();
             let tries = tries.display();
             LocalQuiesce::new(QuiesceOptions {

@@ -24,7 +24,7 @@ use crate::freeze::Quiesce;
 use crate::loans::Loans;
 use crate::pass::{self, Counts, Outlet, PassReader, Walk};
 use crate::source::{Reader, Snapshots, Source};
-use crate::standstill::{Standstill, Sweeper};
+use crate::standstill::{Attempt, Standstill, Sweeper};
 use crate::stats::{Event, Observer, PassKind, SendReport, hexadecimal, milliseconds, rate};
 use crate::transport::{Cancel, Link, Transport, keepalive_interval};
 use crate::wire::{EndPass, Hello, Kind};
@@ -52,6 +52,8 @@ pub struct SendOptions {
     pub freeze_stall_timeout: Duration,
     /// Writes in flight may take this long to finish when the gate closes.
     pub gate_timeout: Duration,
+    /// A freeze that turns out too long is tried again also when that runs the freeze command once more.
+    pub retry_hooks: bool,
     /// Ends the copy from outside.
     pub cancel: Option<Cancel>,
 }
@@ -65,6 +67,7 @@ impl Default for SendOptions {
             stall_timeout: Duration::from_secs(120),
             freeze_stall_timeout: Duration::from_secs(10),
             gate_timeout: Duration::from_secs(30),
+            retry_hooks: false,
             cancel: None,
         }
     }
@@ -187,9 +190,13 @@ impl<'a> Sender<'a> {
         self.frozen_deltas()?;
         self.start_tracking()?;
         self.first_pass()?;
-        self.live_passes()?;
-        self.synced_passes(standstill)?;
-        standstill.freeze(&mut self.course)?;
+        loop {
+            self.live_passes()?;
+            self.synced_passes(standstill)?;
+            if standstill.freeze(&mut self.course)? == Attempt::Frozen {
+                break;
+            }
+        }
         standstill.last_passes(self)?;
         self.check_snapshots()?;
         self.seal()?;
@@ -248,16 +255,24 @@ impl<'a> Sender<'a> {
 
     /// Lets the file system write what it still holds, the gate open, so that the freeze finds little.
     fn synced_passes(&mut self, standstill: &mut Standstill<'_>) -> Result<()> {
+        let wanted = self.course.convergence.freeze_ms_wanted;
+        let mut before = self.course.predicted_freeze_ms();
+        let is_hopeless = before > wanted;
         for _ in 0..SYNCED_PASSES_MAX {
-            let mounted = standstill.sync_file_system()?;
+            let mounted = standstill.sync_file_system(&mut self.course)?;
+            let synced = self.course.predicted_freeze_ms();
+            // Where passes do not help, only what the sync itself has brought is worth one.
+            if is_hopeless && synced <= before.saturating_add(before / 2) {
+                break;
+            }
             if self.course.source.dirty_bytes() > 0 {
                 self.sweep(PassKind::Synced, true, false)?;
             }
-            if !mounted
-                || self.course.predicted_freeze_ms() <= self.course.options.convergence.freeze_ms_wanted
-            {
+            let after = self.course.predicted_freeze_ms();
+            if !mounted || after <= wanted || after >= synced || is_hopeless {
                 break;
             }
+            before = after;
         }
         Ok(())
     }
@@ -418,6 +433,7 @@ impl<'a> Sender<'a> {
         };
         let (observer, cancel, history) =
             (self.course.observer, &self.course.options.cancel, &self.course.history);
+        let file_system_ms = self.course.convergence.file_system_ms;
         let pass = self.pass + 1;
         let mut next_event = Instant::now() + PROGRESS_INTERVAL;
         let mut reading = PassReader::new(
@@ -432,7 +448,7 @@ impl<'a> Sender<'a> {
             cancel.as_ref().map_or(Ok(()), Cancel::check)?;
             if Instant::now() >= next_event {
                 next_event = Instant::now() + PROGRESS_INTERVAL;
-                let dirty_bytes = source.dirty_bytes();
+                let dirty_bytes = source.dirty_data_bytes();
                 let mut all = before;
                 all.merge(*counts);
                 observer.event(&Event::Progress {
@@ -443,7 +459,7 @@ impl<'a> Sender<'a> {
                     bytes_per_second: rate(all.data_bytes, begun.elapsed()),
                     dirty_bytes,
                     predicted_freeze_ms: (!history.is_empty())
-                        .then(|| converge::predict_freeze_ms(history, dirty_bytes)),
+                        .then(|| converge::predict_freeze_ms(history, dirty_bytes) + file_system_ms),
                 });
             }
             Ok(())

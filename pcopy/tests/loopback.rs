@@ -258,6 +258,8 @@ fn cancelling_unwinds() {
     // It would go on for ever.
     options.convergence = ConvergenceOptions {
         freeze_ms_max: Some(0),
+        outage_ms_max: None,
+        file_system_ms: 0,
         passes_max: u32::MAX,
         stalled_max: u32::MAX,
         freeze_ms_wanted: 0,
