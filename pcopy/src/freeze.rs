@@ -200,6 +200,8 @@ pub struct LocalQuiesce {
     deadline: Option<Instant>,
     /// That has come.
     is_expired: bool,
+    /// It was tried for long to undo it, in vain.
+    is_given_up: bool,
 }
 
 impl LocalQuiesce {
@@ -220,6 +222,7 @@ impl LocalQuiesce {
             frozen: Vec::new(),
             deadline: None,
             is_expired: false,
+            is_given_up: false,
         }
     }
 
@@ -228,9 +231,9 @@ impl LocalQuiesce {
         self.deadline
     }
 
-    /// Whether anything is to be undone.
+    /// Whether anything is to be undone that was not tried in vain.
     pub(crate) fn is_due(&self) -> bool {
-        self.begun.is_some()
+        self.begun.is_some() && !self.is_given_up
     }
 
     /// Lets writers go, as the time is over.
@@ -291,6 +294,7 @@ impl LocalQuiesce {
             // Not to be cut short: nothing else would undo the freeze command.
             result = result.and(self.run_thaw_command());
         }
+        self.is_given_up = result.is_err();
         match (&result, &mut self.record) {
             (Err(error), Some(record)) => {
                 record.failure = Some(error.to_string());
@@ -469,7 +473,7 @@ impl Quiesce for LocalQuiesce {
 
 impl Drop for LocalQuiesce {
     fn drop(&mut self) {
-        if self.begun.is_some() {
+        if self.is_due() {
             // Nobody could be told of a failure; the record stays.
             let _ = self.thaw();
         }

@@ -138,30 +138,28 @@ impl<'a> Standstill<'a> {
         let took_ms = whole_ms(file_system);
         let left_ms = time_left_ms(course, begun, hooked);
         match froze {
-            // A freeze cannot be cut short from outside: whoever froze has thawed at its return.
-            Err(error) if left_ms == Some(0) => {
-                course.convergence.file_system_ms = course.convergence.file_system_ms.max(took_ms);
-                return Ok(Some(error));
-            }
+            // A freeze cannot be cut short from outside: whoever froze has thawed at its return. It was an unusual one
+            // until it is seen again.
+            Err(error) if left_ms == Some(0) => return Ok(Some(error)),
             froze => froze?,
         }
-        course.convergence.file_system_ms = took_ms.max(1);
         course.tell(&Event::Frozen {
             hook_ms: course.downtime.hook_ms,
             file_system_ms: course.downtime.file_system_ms,
         });
         let rest = course.predicted_rest_ms();
-        if let Some(left) = left_ms.filter(|&left| rest > left) {
+        if let Some(left) = left_ms.filter(|&left| left == 0 || rest > left) {
             let message = format!(
-                "the freeze would last longer than allowed: the freeze command took {:.0} ms, freezing the file system {took_ms} ms, \
-                 {} more would take {rest} ms, and {left} ms are left",
+                "the freeze would last longer than allowed: the freeze command took {:.0} ms, freezing the file system {took_ms} ms, and \
+                 sending the {} bytes that are left would take {rest} ms, where {left} ms are left",
                 course.downtime.hook_ms,
-                left_to_send(course),
+                course.source.dirty_data_bytes(),
             );
             return Ok(Some(Error::new(ErrorKind::NotQuiet, message).advise(
                 "the disk runs again; allow a longer freeze (--max-freeze, --max-outage), or copy when less is written",
             )));
         }
+        course.convergence.file_system_ms = took_ms.max(1);
         let allowed = left_ms.map_or_else(|| allowed(course, rest), Duration::from_millis);
         self.limit = Some(FreezeLimit::start(allowed, &course.exchange, &course.stop)?);
         Ok(None)
@@ -451,6 +449,85 @@ mod tests {
         assert!(error.to_string().contains("bytes are left to send"), "{error}");
         drop(standstill);
         assert!(steps.lock().unwrap().is_empty(), "{steps:?}");
+    }
+
+    /// Its freezes take so long, one after the other; has a freeze command.
+    struct Slow {
+        log: Log,
+        freezes: Vec<Duration>,
+    }
+
+    impl Quiesce for Slow {
+        fn sync_file_system(&mut self) -> Result<bool> {
+            Ok(true)
+        }
+        fn has_hook(&self) -> bool {
+            true
+        }
+        fn run_hook(&mut self) -> Result<()> {
+            self.log.lock().unwrap().push("hook".into());
+            Ok(())
+        }
+        fn freeze_file_system(&mut self) -> Result<()> {
+            std::thread::sleep(self.freezes.pop().unwrap_or_default());
+            self.log.lock().unwrap().push("freeze".into());
+            Ok(())
+        }
+        fn thaw(&mut self) -> Result<()> {
+            self.log.lock().unwrap().push("thaw".into());
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_freeze_that_was_too_long_is_undone_and_its_command_runs_again_only_if_wanted() {
+        for retry_hooks in [false, true] {
+            let mut options = SendOptions { retry_hooks, ..Default::default() };
+            options.convergence.freeze_ms_max = Some(1000);
+            let disk = MemoryDisk::new(vec![0; 4 << 15]);
+            let mut source = disk.clone();
+            crate::source::Source::start_tracking(&mut source).unwrap();
+            disk.write(CLUSTER, &[1; 512]);
+            let steps = Log::default();
+            let freezes = vec![Duration::ZERO, Duration::from_millis(1100)];
+            let mut quiesce = Slow { log: Arc::clone(&steps), freezes };
+            let mut course = Course::new(&mut source, &options, &Silent, false).unwrap();
+            let mut standstill = Standstill::new(&mut quiesce);
+            let first = standstill.freeze(&mut course);
+            assert_eq!(*steps.lock().unwrap(), ["hook", "freeze", "thaw"]);
+            if !retry_hooks {
+                let error = first.unwrap_err().to_string();
+                // What was seen, and no writes that nobody made.
+                assert!(error.contains("freezing the file system took 11"), "{error}");
+                assert!(!error.contains("written"), "{error}");
+                continue;
+            }
+            assert_eq!(first.unwrap(), Attempt::TooLong);
+            assert_eq!(standstill.freeze(&mut course).unwrap(), Attempt::Frozen);
+            standstill.thaw(&mut course).unwrap();
+            assert_eq!(*steps.lock().unwrap(), ["hook", "freeze", "thaw", "hook", "freeze", "thaw"]);
+            assert!(course.downtime.freeze_ms < 1000.0);
+            let report = course.report(true, String::new(), 0);
+            assert_eq!(report.warnings.len(), 1, "{:?}", report.warnings);
+        }
+    }
+
+    #[test]
+    fn a_long_freeze_without_a_limit_is_warned_of() {
+        for (file_system_ms, expected) in [(500, 0), (2000, 1)] {
+            let options = SendOptions::default();
+            let disk = MemoryDisk::new(vec![0; 4 << 15]);
+            let mut source = disk.clone();
+            let steps = Log::default();
+            let mut quiesce = Logged { log: Arc::clone(&steps), disk: disk.clone(), fails: "" };
+            let mut course = Course::new(&mut source, &options, &Silent, false).unwrap();
+            course.convergence.file_system_ms = file_system_ms;
+            let mut standstill = Standstill::new(&mut quiesce);
+            assert_eq!(standstill.freeze(&mut course).unwrap(), Attempt::Frozen);
+            standstill.thaw(&mut course).unwrap();
+            let warnings = course.report(true, String::new(), 0).warnings;
+            assert_eq!(warnings.len(), expected, "{warnings:?}");
+        }
     }
 
     #[test]

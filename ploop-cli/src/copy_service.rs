@@ -65,6 +65,9 @@ pub(crate) struct Wishes {
     /// From the start of the freeze command to the end of the thaw.
     #[serde(default)]
     pub(crate) outage_ms_max: Option<u64>,
+    /// A freeze that turns out too long is tried again also when that runs the freeze command once more.
+    #[serde(default)]
+    pub(crate) retry_hooks: bool,
     /// Passes before the freeze.
     pub(crate) passes_max: Option<u32>,
     /// How long the other end may be silent.
@@ -137,6 +140,7 @@ impl Wishes {
         }
         options.convergence.freeze_ms_max = self.freeze_ms_max;
         options.convergence.outage_ms_max = self.outage_ms_max;
+        options.retry_hooks = self.retry_hooks;
         if let Some(passes) = self.passes_max {
             options.convergence.passes_max = passes;
         }

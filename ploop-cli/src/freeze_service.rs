@@ -60,7 +60,7 @@ pub(crate) fn start(
 
 fn already_frozen(frozen: &FreezeRecord, entry: &Entry) -> Error {
     let id = entry.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-    if frozen.helper.is_running() {
+    if frozen.helper.is_running() && frozen.failure.is_none() {
         return Error::new(ErrorKind::Busy, "the disk is just frozen for another copy or snapshot")
             .advise("wait for its end; `ploop list` shows since when");
     }
@@ -105,7 +105,9 @@ pub(crate) fn thaw(entry: &Entry) -> Result<bool> {
 pub(crate) fn thaw_abandoned(entry: &Entry) -> Result<()> {
     match FreezeRecord::read(&entry.frozen_file())? {
         None => Ok(()),
-        Some(frozen) if frozen.helper.is_running() => Err(already_frozen(&frozen, entry)),
+        Some(frozen) if frozen.helper.is_running() && frozen.failure.is_none() => {
+            Err(already_frozen(&frozen, entry))
+        }
         Some(_) => thaw(entry).map(drop),
     }
 }

@@ -59,6 +59,9 @@ enum Seen {
         dirty_bytes: u64,
     },
     Freezing,
+    Warning {
+        message: String,
+    },
     Thawed {
         total_ms: f64,
     },
@@ -247,6 +250,7 @@ impl Bars {
             Seen::Freezing => {
                 self.begin("freezing".to_owned(), 1);
             }
+            Seen::Warning { message } => complain(&format!("ploop: warning: {message}\n")),
             Seen::Thawed { total_ms } => {
                 self.name = "thawed".to_owned();
                 self.end(&format!("writers stood still for {total_ms:.1} ms"));

@@ -80,7 +80,8 @@ pub(crate) struct Arguments {
     #[arg(long = "to", value_name = "COMMAND", requires = "source", conflicts_with = "target")]
     to: Option<String>,
 
-    /// Give up rather than freeze for longer than this, by prediction
+    /// Give up rather than freeze for longer than this, from the end of the freeze command to the thaw: before the freeze
+    /// by prediction, later by the clock
     #[arg(long, value_name = "MILLISECONDS", requires = "source", value_parser = args::integer)]
     max_freeze: Option<u64>,
 
@@ -88,6 +89,10 @@ pub(crate) struct Arguments {
     /// command to the end of the thaw; the freeze command is ended then
     #[arg(long, value_name = "MILLISECONDS", requires = "source", value_parser = args::integer)]
     max_outage: Option<u64>,
+
+    /// Try a freeze that turns out too long again also when that runs the freeze command once more
+    #[arg(long, requires = "freeze_command")]
+    retry_hooks: bool,
 
     /// How long the freeze command may take
     #[arg(long, value_name = "SECONDS", requires = "source", value_parser = args::integer)]
@@ -372,6 +377,12 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
     let sent = from.send(arguments, link, &cancel, &progress);
     let figures = finish(sent, peer, arguments)?;
     progress.done(&figures);
+    if !progress.is_watched() {
+        // A person has seen them as they came.
+        for warning in figures["warnings"].as_array().into_iter().flatten() {
+            output.warn(warning.as_str().unwrap_or_default());
+        }
+    }
     if !to_standard_output {
         return output.report(&Sent(figures));
     }
@@ -496,6 +507,7 @@ impl Origin {
         let wishes = Wishes {
             copy_id: Some(*copy_id.as_bytes()),
             outage_ms_max: arguments.max_outage,
+            retry_hooks: arguments.retry_hooks,
             freeze_ms_max: arguments.max_freeze,
             passes_max: arguments.passes.map(|passes| u32::try_from(passes).unwrap_or(u32::MAX)),
             stall_timeout_s: arguments.stall_timeout,
