@@ -498,7 +498,7 @@ mod tests {
             if !retry_hooks {
                 let error = first.unwrap_err().to_string();
                 // What was seen, and no writes that nobody made.
-                assert!(error.contains("freezing the file system took 11"), "{error}");
+                assert!(error.contains("freezing the file system 11"), "{error}");
                 assert!(!error.contains("written"), "{error}");
                 continue;
             }
