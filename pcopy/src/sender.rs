@@ -256,11 +256,11 @@ impl<'a> Sender<'a> {
     /// Lets the file system write what it still holds, the gate open, so that the freeze finds little.
     fn synced_passes(&mut self, standstill: &mut Standstill<'_>) -> Result<()> {
         let wanted = self.course.convergence.freeze_ms_wanted;
-        let mut before = self.course.predicted_freeze_ms();
-        let is_hopeless = before > wanted;
+        let is_hopeless = self.course.predicted_freeze_ms() > wanted;
         for _ in 0..SYNCED_PASSES_MAX {
+            let before = self.course.source.dirty_data_bytes();
             let mounted = standstill.sync_file_system(&mut self.course)?;
-            let synced = self.course.predicted_freeze_ms();
+            let synced = self.course.source.dirty_data_bytes();
             // Where passes do not help, only what the sync itself has brought is worth one.
             if is_hopeless && synced <= before.saturating_add(before / 2) {
                 break;
@@ -268,11 +268,10 @@ impl<'a> Sender<'a> {
             if self.course.source.dirty_bytes() > 0 {
                 self.sweep(PassKind::Synced, true, false)?;
             }
-            let after = self.course.predicted_freeze_ms();
-            if !mounted || after <= wanted || after >= synced || is_hopeless {
+            let is_short = self.course.predicted_freeze_ms() <= wanted;
+            if !mounted || is_short || is_hopeless || self.course.source.dirty_data_bytes() >= synced {
                 break;
             }
-            before = after;
         }
         Ok(())
     }
