@@ -18,6 +18,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pcopy::freeze::{HelperTicket, Quiesce};
@@ -41,6 +42,9 @@ pub(crate) const VERB: &str = "copy";
 /// The verb of a copy delta by delta: another one, so that a server that knows none refuses it rather than sends the
 /// content alone.
 pub(crate) const CHAIN_VERB: &str = "copy-chain";
+
+/// Among the figures: events that nobody read in time.
+pub(crate) const EVENTS_DROPPED: &str = "events_dropped";
 
 /// What a copy is asked for with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -193,10 +197,15 @@ impl CopyService {
         let mut quiesce = freeze_service::attend(&self.entry, request.helper.zip(helper), Some(&cancel));
         let _turn = self.turns.copy(cargo, &cancel)?;
         leash::watch(leash, cancel.clone())?;
+        let dropped = AtomicU64::new(0);
         let observer = |event: &Event| {
             // Whoever looks on and does not read is not waited for: the disk may be frozen.
-            if connection.send_unless_full(event).is_err() {
-                cancel.cancel();
+            match connection.send_unless_full(event) {
+                Ok(true) => {}
+                Ok(false) => {
+                    dropped.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(_) => cancel.cancel(),
             }
         };
         let descriptor = match cargo {
@@ -209,7 +218,12 @@ impl CopyService {
         let mut freight = Freight::of(&self.disk, descriptor.as_deref())?;
         let link = Link { input, output: Some(output) };
         let report = request.wishes.send(&mut freight, &mut *quiesce, link, cancel.clone(), &observer)?;
-        to_value(&report)
+        let mut figures = to_value(&report)?;
+        let dropped = dropped.load(Ordering::Relaxed);
+        if let (Value::Object(figures), 1..) = (&mut figures, dropped) {
+            figures.insert(EVENTS_DROPPED.to_owned(), dropped.into());
+        }
+        Ok(figures)
     }
 }
 

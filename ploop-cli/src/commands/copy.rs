@@ -51,7 +51,8 @@ use crate::{freeze_service, leash};
                   copy is proven equal or has failed. The disk keeps running here. A failed copy leaves no file under the \
                   final name.\n\n\
                   Exit codes: 0 sent completely (--to and -d: received, verified and durable); 1 the target exists; 13 the \
-                  stream is damaged; 14 the freeze command failed, the disk does not become quiet or the freeze would last too long; 37 in use."
+                  stream is damaged; 14 the freeze command failed, the disk does not become quiet, the freeze would last too long, or the thaw failed and the message \
+                  says what still stands; 37 in use."
 )]
 pub(crate) struct Arguments {
     /// What to send: the device, the mount point, the image or the DiskDescriptor.xml of a disk
