@@ -361,3 +361,28 @@ fn limits_of_a_freeze_are_kept_and_a_failure_tells_what_was_seen() {
         .wait_until("the freeze command is ended with its group", || !crate::patience::is_running(child));
     scene.expect_thawed();
 }
+
+#[test]
+fn a_command_that_is_told_to_end_does_not_wait_for_a_reader_of_its_last_words() {
+    let Some(scene) = Scene::new() else { return };
+    let started = scene.ground.path("started");
+    let hook = format!("touch {}; sleep 1000", started.display());
+    let target = scene.ground.path("to/copy.hds");
+    let line =
+        ["--json", "copy", "-s", text(&scene.point), "-d", text(&target), "-F", &hook, "--thaw", "true"];
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+    writer.write_all(&[b'x'; 4096]).unwrap();
+    let mut command = scene.ground.command(&line);
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(writer)).spawn().unwrap();
+    scene.ground.wait_until("the freeze command runs", || started.exists());
+    signal(child.id(), Signal::SIGTERM);
+    let begun = Instant::now();
+    let ended = becomes(|| child.try_wait().unwrap().is_some());
+    let code = child.try_wait().unwrap().and_then(|status| status.code());
+    child.kill().ok();
+    assert!(ended && code != Some(0), "{code:?} after {:?}", begun.elapsed());
+    scene.expect_thawed();
+    drop(reader);
+}
