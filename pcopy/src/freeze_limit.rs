@@ -79,7 +79,7 @@ fn too_slow(allowed: Duration) -> Error {
     Error::new(
         ErrorKind::NotQuiet,
         format!(
-            "the last pass and the receiver's answer did not end within {:.1} s of the freeze, which was the time left for them",
+            "the last pass was not sent, or the receiver did not finish, within {:.1} s of the freeze, the time left for them",
             allowed.as_secs_f64()
         ),
     )

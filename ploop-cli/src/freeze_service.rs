@@ -47,7 +47,10 @@ pub(crate) fn start(
     }
     if let Some((_, entry)) = served {
         let record = entry.frozen_file();
-        if let Some(frozen) = FreezeRecord::read(&record)? {
+        // Of a freeze that is under way the server tells, and its record keeps others off.
+        if let Some(frozen) = FreezeRecord::read(&record)?
+            && !is_under_way(&frozen)
+        {
             return Err(already_frozen(&frozen, entry));
         }
         options.record = Some(record);
@@ -58,9 +61,14 @@ pub(crate) fn start(
     Helper::start(options, &variables).map(Some)
 }
 
+/// Whether somebody is at it who will thaw.
+fn is_under_way(frozen: &FreezeRecord) -> bool {
+    frozen.helper.is_running() && frozen.failure.is_none()
+}
+
 fn already_frozen(frozen: &FreezeRecord, entry: &Entry) -> Error {
     let id = entry.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-    if frozen.helper.is_running() && frozen.failure.is_none() {
+    if is_under_way(frozen) {
         return Error::new(ErrorKind::Busy, "the disk is just frozen for another copy or snapshot")
             .advise("wait for its end; `ploop list` shows since when");
     }
