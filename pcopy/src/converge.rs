@@ -21,11 +21,14 @@ pub const STALLED_ABOVE: f64 = 0.9;
 pub struct ConvergenceOptions {
     /// A freeze this short, in milliseconds, needs no further pass.
     pub freeze_ms_wanted: u64,
-    /// A freeze predicted longer than this, in milliseconds, never begins. `None`: any freeze is better than none.
+    /// From the end of the freeze command to the thaw, in milliseconds. A freeze predicted longer than this never begins,
+    /// and one that turns out longer is undone. `None`: any freeze is better than none.
     pub freeze_ms_max: Option<u64>,
     /// From the start of the freeze command to the end of the thaw, in milliseconds: the freeze command is ended when
     /// it is over, and the disk thawed. `None`: no limit of its own.
     pub outage_ms_max: Option<u64>,
+    /// How long freezing the file system itself usually takes, in milliseconds.
+    pub file_system_ms: u64,
     /// Passes before the freeze, the first included.
     pub passes_max: u32,
     /// Stalled passes, in a row, after which more of them are no help.
@@ -38,9 +41,17 @@ impl Default for ConvergenceOptions {
             freeze_ms_wanted: 100,
             freeze_ms_max: None,
             outage_ms_max: None,
+            file_system_ms: 0,
             passes_max: 30,
             stalled_max: 3,
         }
+    }
+}
+
+impl ConvergenceOptions {
+    /// The longest freeze that is allowed, in milliseconds: the outage holds it.
+    pub fn limit_ms(&self) -> u64 {
+        self.freeze_ms_max.unwrap_or(u64::MAX).min(self.outage_ms_max.unwrap_or(u64::MAX))
     }
 }
 
@@ -51,6 +62,8 @@ pub enum Reason {
     NotShrinking,
     /// It shrinks, but too slowly for the number of passes allowed.
     PassesExhausted,
+    /// Nothing is left to send: the freeze itself and the answer take too long.
+    FreezeItself,
 }
 
 impl fmt::Display for Reason {
@@ -58,6 +71,9 @@ impl fmt::Display for Reason {
         formatter.write_str(match self {
             Self::NotShrinking => "the disk is written to faster than it can be sent",
             Self::PassesExhausted => "the number of passes is used up",
+            Self::FreezeItself => {
+                "nothing is left to send, and freezing the file system and the receiver's answer take that long"
+            }
         })
     }
 }
@@ -112,10 +128,15 @@ pub fn decide(history: &[PassStats], options: &ConvergenceOptions) -> Decision {
     let deltas = history.iter().take_while(|pass| pass.kind == PassKind::Delta).count();
     let (all, history) = (history, history.get(deltas..).unwrap_or_default());
     let Some(last) = history.last() else { return Decision::NextPass };
-    let predicted = predict_freeze_ms(all, last.dirty_bytes);
-    let limit = options.freeze_ms_max.unwrap_or(u64::MAX);
-    if last.dirty_bytes == 0 || predicted <= options.freeze_ms_wanted.min(limit) {
+    let predicted = predict_freeze_ms(all, last.dirty_bytes).saturating_add(options.file_system_ms);
+    let limit = options.limit_ms();
+    if predicted <= limit && (last.dirty_bytes == 0 || predicted <= options.freeze_ms_wanted) {
         return Decision::Freeze;
+    }
+    // One more pass over nothing tells how long the answer takes; a second one would tell the same.
+    if last.dirty_bytes == 0 && history.iter().rev().take(2).filter(|pass| pass.dirty_bytes == 0).count() == 2
+    {
+        return Decision::GiveUp(Reason::FreezeItself);
     }
     let stalled = stalled_passes(history) >= options.stalled_max.max(1);
     let exhausted = history.len() >= usize::try_from(options.passes_max.max(1)).unwrap_or(usize::MAX);
@@ -165,6 +186,23 @@ mod tests {
     fn clean_means_freeze() {
         let options = ConvergenceOptions { freeze_ms_max: Some(0), ..Default::default() };
         assert_eq!(decide(&[pass(MIB, 1.0, 0)], &options), Decision::Freeze);
+    }
+
+    #[test]
+    fn clean_is_no_excuse_for_a_freeze_that_is_too_long() {
+        let mut settled = pass(MIB, 1.0, 0);
+        settled.settle_seconds = 0.062;
+        let options = ConvergenceOptions { freeze_ms_max: Some(50), ..Default::default() };
+        // The first pass settles longer than the last one will: that is found out once.
+        assert_eq!(decide(&[settled], &options), Decision::NextPass);
+        let quick = PassStats { settle_seconds: 0.005, ..settled };
+        assert_eq!(decide(&[settled, quick], &options), Decision::Freeze);
+        assert_eq!(decide(&[settled, settled], &options), Decision::GiveUp(Reason::FreezeItself));
+        let frozen = ConvergenceOptions { file_system_ms: 60, ..options };
+        assert_eq!(decide(&[settled, quick], &frozen), Decision::GiveUp(Reason::FreezeItself));
+        let outage = ConvergenceOptions { outage_ms_max: Some(50), freeze_ms_max: None, ..frozen };
+        assert_eq!(decide(&[settled, quick], &outage), Decision::GiveUp(Reason::FreezeItself));
+        assert_eq!(decide(&[settled, quick], &ConvergenceOptions::default()), Decision::Freeze);
     }
 
     #[test]

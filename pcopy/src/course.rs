@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ploop_core::{Error, ErrorKind, Result};
 
-use crate::converge::{self, Decision};
+use crate::converge::{self, ConvergenceOptions, Decision};
 use crate::exchange::Exchange;
 use crate::pass::Counts;
 use crate::sender::SendOptions;
@@ -28,6 +28,9 @@ pub(crate) struct Course<'a> {
     /// All that was sent.
     pub(crate) total: Counts,
     pub(crate) downtime: Downtime,
+    /// As wanted, with what was learnt of this disk.
+    pub(crate) convergence: ConvergenceOptions,
+    warnings: Vec<String>,
     begun: Instant,
 }
 
@@ -48,6 +51,8 @@ impl<'a> Course<'a> {
             history: Vec::new(),
             total: Counts::default(),
             downtime: Downtime::default(),
+            convergence: options.convergence,
+            warnings: Vec::new(),
             begun: Instant::now(),
         })
     }
@@ -112,23 +117,34 @@ impl<'a> Course<'a> {
             frames: sent.frames,
             seconds: begun.elapsed().as_secs_f64(),
             settle_seconds: settle.as_secs_f64(),
-            dirty_bytes: self.source.dirty_bytes(),
+            dirty_bytes: self.source.dirty_data_bytes(),
         };
         self.tell(&Event::PassEnded(stats));
         self.history.push(stats);
     }
 
     pub(crate) fn predicted_freeze_ms(&self) -> u64 {
-        converge::predict_freeze_ms(&self.history, self.source.dirty_bytes())
+        self.predicted_rest_ms().saturating_add(self.convergence.file_system_ms)
+    }
+
+    /// Of this, what follows when the file system is frozen.
+    pub(crate) fn predicted_rest_ms(&self) -> u64 {
+        converge::predict_freeze_ms(&self.history, self.source.dirty_data_bytes())
+    }
+
+    /// Something that the operator should know, now and in the report.
+    pub(crate) fn warn(&mut self, message: String) {
+        self.tell(&Event::Warning { message: message.clone() });
+        self.warnings.push(message);
     }
 
     /// Whether another pass helps. [`ErrorKind::NotQuiet`] when none does and a freeze would be too long.
     pub(crate) fn next_pass_helps(&mut self) -> Result<bool> {
         if let Some(last) = self.history.last_mut() {
             // Since the pass ended, time has gone by.
-            last.dirty_bytes = self.source.dirty_bytes();
+            last.dirty_bytes = self.source.dirty_data_bytes();
         }
-        let decision = converge::decide(&self.history, &self.options.convergence);
+        let decision = converge::decide(&self.history, &self.convergence);
         let predicted_freeze_ms = self.predicted_freeze_ms();
         self.tell(&Event::Decided { decision: decision.name(), predicted_freeze_ms });
         match decision {
@@ -140,7 +156,7 @@ impl<'a> Course<'a> {
 
     /// The freeze would be longer than the operator allows.
     pub(crate) fn too_long(&self, predicted_freeze_ms: u64, reason: &str) -> Error {
-        let limit = self.options.convergence.freeze_ms_max.unwrap_or(u64::MAX);
+        let limit = self.convergence.limit_ms();
         Error::new(
             ErrorKind::NotQuiet,
             format!("the freeze would last {predicted_freeze_ms} ms and may last {limit} ms: {reason}"),
@@ -168,6 +184,7 @@ impl<'a> Course<'a> {
             passes: self.history,
             deltas,
             downtime: self.downtime,
+            warnings: self.warnings,
             seconds: self.begun.elapsed().as_secs_f64(),
         }
     }

@@ -117,6 +117,20 @@ impl<'a> Frozen<'a> {
         self.gate = Some(gate);
     }
 
+    /// As [`thaw`](Self::thaw), of writers that may be stopped again.
+    pub(crate) fn thaw_for_another(&mut self) -> Result<()> {
+        self.gate = None;
+        match &mut self.quiesce {
+            None => Ok(()),
+            Some(quiesce) => quiesce.thaw().or_else(|_| quiesce.thaw()),
+        }
+    }
+
+    /// Gives back who stops them.
+    pub(crate) fn into_quiesce(mut self) -> Option<&'a mut dyn Quiesce> {
+        self.quiesce.take()
+    }
+
     /// Opens the gate first: a thaw may have to write.
     pub(crate) fn thaw(&mut self) -> Result<()> {
         self.gate = None;
@@ -188,6 +202,8 @@ pub struct LocalQuiesce {
     deadline: Option<Instant>,
     /// That has come.
     is_expired: bool,
+    /// It was tried for long to undo it, in vain.
+    is_given_up: bool,
 }
 
 impl LocalQuiesce {
@@ -208,6 +224,7 @@ impl LocalQuiesce {
             frozen: Vec::new(),
             deadline: None,
             is_expired: false,
+            is_given_up: false,
         }
     }
 
@@ -216,9 +233,9 @@ impl LocalQuiesce {
         self.deadline
     }
 
-    /// Whether anything is to be undone.
+    /// Whether anything is to be undone that was not tried in vain.
     pub(crate) fn is_due(&self) -> bool {
-        self.begun.is_some()
+        self.begun.is_some() && !self.is_given_up
     }
 
     /// Lets writers go, as the time is over.
@@ -279,6 +296,7 @@ impl LocalQuiesce {
             // Not to be cut short: nothing else would undo the freeze command.
             result = result.and(self.run_thaw_command());
         }
+        self.is_given_up = result.is_err();
         match (&result, &mut self.record) {
             (Err(error), Some(record)) => {
                 record.failure = Some(error.to_string());
@@ -457,7 +475,7 @@ impl Quiesce for LocalQuiesce {
 
 impl Drop for LocalQuiesce {
     fn drop(&mut self) {
-        if self.begun.is_some() {
+        if self.is_due() {
             // Nobody could be told of a failure; the record stays.
             let _ = self.thaw();
         }
@@ -491,7 +509,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (tries, record) = (folder.path().join("tries"), folder.path().join("frozen.json"));
         let count = || std::fs::read_to_string(&tries).unwrap_or_default().len();
-        let mut quiesce = |succeeds_at: usize| {
+        let quiesce = |succeeds_at: usize| {
             std::fs::remove_file(&tries).ok();
             let tries = tries.display();
             LocalQuiesce::new(QuiesceOptions {

@@ -78,7 +78,10 @@ impl Drop for FreezeLimit {
 fn too_slow(allowed: Duration) -> Error {
     Error::new(
         ErrorKind::NotQuiet,
-        format!("the receiver did not finish within {:.1} s of the freeze", allowed.as_secs_f64()),
+        format!(
+            "the last pass was not sent, or the receiver did not finish, within {:.1} s of the freeze, the time left for them",
+            allowed.as_secs_f64()
+        ),
     )
     .advise("the disk runs again; see whether the receiver hangs, and start the copy again (a longer freeze can be allowed)")
 }

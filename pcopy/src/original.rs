@@ -29,7 +29,7 @@ use crate::legacy::{MARKER, SYNC_MARK_BYTES, SYNCED};
 use crate::pass::Counts;
 use crate::sender::SendOptions;
 use crate::source::{Loan, Reader, Source};
-use crate::standstill::{Standstill, Sweeper};
+use crate::standstill::{Attempt, Standstill, Sweeper};
 use crate::stats::{Event, Observer, PassKind, SendReport};
 use crate::target_synthesis::SynthesizedImage;
 use crate::transport::{self, Link, Transport};
@@ -128,13 +128,17 @@ impl<'a> OriginalSender<'a> {
     fn phases(&mut self, standstill: &mut Standstill<'_>) -> Result<()> {
         self.course.tell_started(false);
         self.first_pass()?;
-        while self.course.next_pass_helps()? {
-            self.dirty_pass(PassKind::Live)?;
+        loop {
+            while self.course.next_pass_helps()? {
+                self.dirty_pass(PassKind::Live)?;
+            }
+            self.sync_mark()?;
+            standstill.sync_file_system(&mut self.course)?;
+            self.dirty_pass(PassKind::Synced)?;
+            if standstill.freeze(&mut self.course)? == Attempt::Frozen {
+                break;
+            }
         }
-        self.sync_mark()?;
-        standstill.sync_file_system()?;
-        self.dirty_pass(PassKind::Synced)?;
-        standstill.freeze(&mut self.course)?;
         standstill.last_passes(self)?;
         // Loans of this stream end when they are sent.
         self.course.check_clean()?;

@@ -24,7 +24,7 @@ use crate::freeze::Quiesce;
 use crate::loans::Loans;
 use crate::pass::{self, Counts, Outlet, PassReader, Walk};
 use crate::source::{Reader, Snapshots, Source};
-use crate::standstill::{Standstill, Sweeper};
+use crate::standstill::{Attempt, Standstill, Sweeper};
 use crate::stats::{Event, Observer, PassKind, SendReport, hexadecimal, milliseconds, rate};
 use crate::transport::{Cancel, Link, Patience, Transport, keepalive_interval};
 use crate::wire::{EndPass, Hello, Kind};
@@ -55,6 +55,8 @@ pub struct SendOptions {
     /// Writers that go on through the freeze are no failure: the gate holds them for the last pass, and the copy is as
     /// after a power loss at that moment.
     pub is_crash_consistent: bool,
+    /// A freeze that turns out too long is tried again also when that runs the freeze command once more.
+    pub retry_hooks: bool,
     /// Ends the copy from outside.
     pub cancel: Option<Cancel>,
 }
@@ -69,6 +71,7 @@ impl Default for SendOptions {
             freeze_stall_timeout: Duration::from_secs(10),
             gate_timeout: Duration::from_secs(30),
             is_crash_consistent: false,
+            retry_hooks: false,
             cancel: None,
         }
     }
@@ -193,9 +196,13 @@ impl<'a> Sender<'a> {
         self.frozen_deltas()?;
         self.start_tracking()?;
         self.first_pass()?;
-        self.live_passes()?;
-        self.synced_passes(standstill)?;
-        standstill.freeze(&mut self.course)?;
+        loop {
+            self.live_passes()?;
+            self.synced_passes(standstill)?;
+            if standstill.freeze(&mut self.course)? == Attempt::Frozen {
+                break;
+            }
+        }
         standstill.last_passes(self)?;
         self.check_snapshots()?;
         self.seal()?;
@@ -254,14 +261,21 @@ impl<'a> Sender<'a> {
 
     /// Lets the file system write what it still holds, the gate open, so that the freeze finds little.
     fn synced_passes(&mut self, standstill: &mut Standstill<'_>) -> Result<()> {
+        let wanted = self.course.convergence.freeze_ms_wanted;
+        let is_hopeless = self.course.predicted_freeze_ms() > wanted;
         for _ in 0..SYNCED_PASSES_MAX {
-            let mounted = standstill.sync_file_system()?;
+            let before = self.course.source.dirty_data_bytes();
+            let mounted = standstill.sync_file_system(&mut self.course)?;
+            let synced = self.course.source.dirty_data_bytes();
+            // Where passes do not help, only what the sync itself has brought is worth one.
+            if is_hopeless && synced <= before.saturating_add(before / 2) {
+                break;
+            }
             if self.course.source.dirty_bytes() > 0 {
                 self.sweep(PassKind::Synced, true, false)?;
             }
-            if !mounted
-                || self.course.predicted_freeze_ms() <= self.course.options.convergence.freeze_ms_wanted
-            {
+            let is_short = self.course.predicted_freeze_ms() <= wanted;
+            if !mounted || is_short || is_hopeless || self.course.source.dirty_data_bytes() >= synced {
                 break;
             }
         }
@@ -428,6 +442,7 @@ impl<'a> Sender<'a> {
         };
         let (observer, cancel, history) =
             (self.course.observer, &self.course.options.cancel, &self.course.history);
+        let file_system_ms = self.course.convergence.file_system_ms;
         let pass = self.pass + 1;
         let mut next_event = Instant::now() + PROGRESS_INTERVAL;
         let mut reading = PassReader::new(
@@ -442,7 +457,7 @@ impl<'a> Sender<'a> {
             cancel.as_ref().map_or(Ok(()), Cancel::check)?;
             if Instant::now() >= next_event {
                 next_event = Instant::now() + PROGRESS_INTERVAL;
-                let dirty_bytes = source.dirty_bytes();
+                let dirty_bytes = source.dirty_data_bytes();
                 let mut all = before;
                 all.merge(*counts);
                 observer.event(&Event::Progress {
@@ -453,7 +468,7 @@ impl<'a> Sender<'a> {
                     bytes_per_second: rate(all.data_bytes, begun.elapsed()),
                     dirty_bytes,
                     predicted_freeze_ms: (!history.is_empty())
-                        .then(|| converge::predict_freeze_ms(history, dirty_bytes)),
+                        .then(|| converge::predict_freeze_ms(history, dirty_bytes) + file_system_ms),
                 });
             }
             Ok(())

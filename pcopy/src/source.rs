@@ -40,6 +40,9 @@ pub struct SourceDescription {
     pub has_parent: bool,
 }
 
+/// Runs of a disk that are looked at for a prediction; what lies behind them counts as data.
+const DIRTY_RUNS_MAX: u32 = 65_536;
+
 /// Reads one disk, several ranges at a time. Used by one thread.
 pub trait Reader: Send {
     /// The first run at or after guest byte `from` that may hold data: all before it reads as zeros. `None` when
@@ -92,6 +95,11 @@ pub trait Source: Send {
     fn take_dirty(&mut self, from: u64, len_max: u64) -> Option<Box<dyn Loan>>;
     /// Bytes changed and not taken. Never 0 while there are some.
     fn dirty_bytes(&self) -> u64;
+    /// Of these, what would be sent as data: what was discarded meanwhile is sent as so many zeros, in no time. A look at
+    /// a disk that goes on; at most [`dirty_bytes`](Self::dirty_bytes).
+    fn dirty_data_bytes(&self) -> u64 {
+        self.dirty_bytes()
+    }
     /// Nothing changed, and nothing on loan.
     fn is_clean(&self) -> bool;
     /// A way to read it.
@@ -356,6 +364,26 @@ impl Source for DiskSource {
 
     fn dirty_bytes(&self) -> u64 {
         self.tracker.as_ref().map_or(0, |tracker| tracker.dirty_bytes())
+    }
+
+    fn dirty_data_bytes(&self) -> u64 {
+        let dirty = self.dirty_bytes();
+        let Some(tracker) = self.tracker.as_ref().filter(|_| dirty > 0) else { return dirty };
+        if self.description.has_parent || tracker.is_stopped() {
+            return dirty;
+        }
+        let (chain, end) = (self.disk.chain(), self.disk.size_bytes());
+        let (mut at, mut zeros) = (0, 0_u64);
+        for _ in 0..DIRTY_RUNS_MAX {
+            let Some(first) = tracker.next_dirty(at) else { break };
+            let mapping = chain.map(GuestOffset(first), MAP_BYTES.min(end.saturating_sub(first)));
+            let run = Extent::between(first, first.saturating_add(mapping.len().max(1)).min(end));
+            if matches!(mapping, Mapping::Zero { .. }) {
+                zeros = zeros.saturating_add(tracker.dirty_bytes_in(run));
+            }
+            at = run.end();
+        }
+        dirty.saturating_sub(zeros)
     }
 
     fn is_clean(&self) -> bool {

@@ -41,7 +41,7 @@ pub struct PassStats {
     pub seconds: f64,
     /// Seconds of these between the last frame being sent and the answer that all is durable.
     pub settle_seconds: f64,
-    /// Bytes that were written to the disk meanwhile and wait for the next pass.
+    /// Bytes that were written to the disk meanwhile and wait for the next pass. What was discarded does not count.
     pub dirty_bytes: u64,
 }
 
@@ -60,7 +60,9 @@ pub struct Downtime {
     pub gate_ms: f64,
     /// Bytes sent while the writers stood still.
     pub bytes: u64,
-    /// From the start of the freeze command to the thaw.
+    /// From the end of the freeze command to the thaw: what `--max-freeze` limits.
+    pub freeze_ms: f64,
+    /// From the start of the freeze command to the end of the thaw: the outage.
     pub total_ms: f64,
 }
 
@@ -132,6 +134,11 @@ pub enum Event {
     },
     /// The freeze begins: the command runs, then the file system is frozen.
     Freezing,
+    /// Something that the operator should know.
+    Warning {
+        /// What.
+        message: String,
+    },
     /// Writers stand still.
     Frozen {
         /// Milliseconds of the freeze command.
@@ -204,6 +211,8 @@ pub struct SendReport {
     pub seconds: f64,
     /// The transcript both sides agree on, in hexadecimal digits.
     pub transcript: String,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
 }
 
 /// Figures of a finished copy, as its receiver knows them.

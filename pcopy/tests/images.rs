@@ -17,12 +17,12 @@ use pcopy::source::DiskSource;
 use pcopy::target::{ImageDestination, ImageOptions};
 use pcopy::wire::ImageKind;
 use pcopy::{NothingToQuiesce, Source};
-use ploop_core::ErrorKind;
 use ploop_core::format::{DESCRIPTOR_NAME, DiskDescriptor, InUse, Mode, Probe, Version, probe};
 use ploop_core::io::Access;
 use ploop_core::io::file::{DirectoryFolder, FileStorage, OpenOptions as FileOptions};
 use ploop_core::ops::create::{CreateOptions, create};
 use ploop_core::units::Sectors;
+use ploop_core::{ErrorKind, Extent};
 use support::patience::PATIENCE;
 use support::*;
 
@@ -326,4 +326,30 @@ fn the_originals_stream_becomes_the_image_it_was_made_from() {
     assert!(!path.exists());
     let left: Vec<_> = names(root.path()).into_iter().filter(|name| name.contains("incoming")).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// An fstrim during a copy: what it discards is no data to send, so no time of a freeze is predicted for it.
+#[test]
+fn what_is_discarded_meanwhile_is_not_data_to_send() {
+    let root = referee::folder();
+    let folder = root.path().join("disk");
+    let served = new_disk(&folder, LEN, 5, |_| {});
+    let mut source = DiskSource::new(&served.disk).unwrap();
+    source.start_tracking().unwrap();
+    assert_eq!((source.dirty_bytes(), source.dirty_data_bytes()), (0, 0));
+    // All but the last clusters, one of which is written again.
+    let kept = LEN - (4 << 20);
+    served.client.lock().unwrap().discard(Extent::between(0, kept)).unwrap();
+    let dirty = source.dirty_bytes();
+    assert!(dirty >= kept, "{dirty}");
+    assert_eq!(source.dirty_data_bytes(), 0);
+    served.write(kept + 8192, &[1; 4096]);
+    served.write(4096, &[1; 8192]);
+    assert_eq!(source.dirty_bytes(), dirty + 4096);
+    // The cluster that has a place again counts as far as it is dirty: whole, as all of it was discarded.
+    let data = source.dirty_data_bytes();
+    assert!((3 * 4096..=(2 << 20)).contains(&data), "{data}");
+    source.stop_tracking();
+    drop(source);
+    served.close();
 }

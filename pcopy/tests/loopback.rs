@@ -18,7 +18,7 @@ use pcopy::converge::ConvergenceOptions;
 use pcopy::memory::{Fault, MemoryDestination, MemoryDisk, Outcome};
 use pcopy::stats::PassKind;
 use pcopy::{Cancel, Event, NothingToQuiesce};
-use ploop_core::ErrorKind;
+use ploop_core::{ErrorKind, Result};
 use support::patience::PATIENCE;
 use support::*;
 
@@ -187,6 +187,52 @@ fn a_freeze_too_long_never_begins() {
     assert_eq!(destination.outcome(), Outcome::Nothing);
 }
 
+/// A writer that the link cannot follow: once it is decided to freeze all the same, passes after a sync are only a longer
+/// wait. One that the sync has brought something for is worth one.
+#[test]
+fn where_passes_do_not_help_none_follow_the_decision() {
+    for (brought_by_sync, expected) in [(0, 0), (4, 1)] {
+        let mut disk = MemoryDisk::new(content(7, LEN));
+        let writer = disk.clone();
+        /// Its sync writes so many mebibytes.
+        struct Bringing(TestQuiesce<MemoryDisk>, MemoryDisk, usize);
+        impl pcopy::Quiesce for Bringing {
+            fn sync_file_system(&mut self) -> Result<bool> {
+                self.1.write(4 << 20, &vec![7; std::mem::take(&mut self.2) << 20]);
+                self.0.sync_file_system().map(|_| true)
+            }
+            fn run_hook(&mut self) -> Result<()> {
+                self.0.run_hook()
+            }
+            fn freeze_file_system(&mut self) -> Result<()> {
+                self.0.freeze_file_system()
+            }
+            fn thaw(&mut self) -> Result<()> {
+                self.0.thaw()
+            }
+        }
+        let mut quiesce = Bringing(TestQuiesce::new(&disk, None), disk.clone(), brought_by_sync);
+        let mut destination = MemoryDestination::new();
+        let mut options = send_options(PATIENCE);
+        options.convergence =
+            ConvergenceOptions { freeze_ms_wanted: 0, stalled_max: 2, ..Default::default() };
+        // After every pass of a live disk there is as much again.
+        let write = |event: &Event| {
+            if let Event::PassEnded(stats) = event
+                && stats.kind != PassKind::Frozen
+            {
+                writer.write(0, &vec![1; 2 << 20]);
+            }
+        };
+        let ends = ends(true, false);
+        let both = copy_observed(&mut disk, &mut quiesce, &mut destination, ends, &options, &write);
+        let passes = both.sent.unwrap().passes;
+        let synced = passes.iter().filter(|pass| pass.kind == PassKind::Synced).count();
+        assert_eq!(synced, expected, "{passes:?}");
+        both.received.unwrap();
+    }
+}
+
 #[test]
 fn a_failing_hook_is_undone() {
     let mut disk = MemoryDisk::new(content(8, LEN));
@@ -258,6 +304,8 @@ fn cancelling_unwinds() {
     // It would go on for ever.
     options.convergence = ConvergenceOptions {
         freeze_ms_max: Some(0),
+        outage_ms_max: None,
+        file_system_ms: 0,
         passes_max: u32::MAX,
         stalled_max: u32::MAX,
         freeze_ms_wanted: 0,

@@ -18,6 +18,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pcopy::freeze::{HelperTicket, Quiesce};
@@ -43,6 +44,9 @@ pub(crate) const VERB: &str = "copy";
 /// content alone.
 pub(crate) const CHAIN_VERB: &str = "copy-chain";
 
+/// Among the figures: events that nobody read in time.
+pub(crate) const EVENTS_DROPPED: &str = "events_dropped";
+
 /// What a copy is asked for with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct CopyRequest {
@@ -66,6 +70,9 @@ pub(crate) struct Wishes {
     /// From the start of the freeze command to the end of the thaw.
     #[serde(default)]
     pub(crate) outage_ms_max: Option<u64>,
+    /// A freeze that turns out too long is tried again also when that runs the freeze command once more.
+    #[serde(default)]
+    pub(crate) retry_hooks: bool,
     /// Passes before the freeze.
     pub(crate) passes_max: Option<u32>,
     /// How long the other end may be silent.
@@ -142,6 +149,7 @@ impl Wishes {
         options.convergence.freeze_ms_max = self.freeze_ms_max;
         options.is_crash_consistent = self.is_crash_consistent;
         options.convergence.outage_ms_max = self.outage_ms_max;
+        options.retry_hooks = self.retry_hooks;
         if let Some(passes) = self.passes_max {
             options.convergence.passes_max = passes;
         }
@@ -202,6 +210,7 @@ impl CopyService {
         let mut quiesce = freeze_service::attend(&self.entry, request.helper.zip(helper), Some(&cancel));
         let _turn = self.turns.copy(cargo, &cancel)?;
         leash::watch(leash, cancel.clone())?;
+        let dropped = AtomicU64::new(0);
         let observer = |event: &Event| {
             // Whoever looks on and does not read is not waited for: the disk may be frozen. What decides what may be said
             // of a failed copy is never dropped; these are few, and room is left for them.
@@ -212,8 +221,12 @@ impl CopyService {
             } else {
                 connection.send_unless_full(event)
             };
-            if sent.is_err() {
-                cancel.cancel();
+            match sent {
+                Ok(true) => {}
+                Ok(false) => {
+                    dropped.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(_) => cancel.cancel(),
             }
         };
         let descriptor = match cargo {
@@ -229,7 +242,12 @@ impl CopyService {
         let mut freight = Freight::of(&self.disk, descriptor.as_deref())?;
         let link = Link { input, output: Some(output) };
         let report = request.wishes.send(&mut freight, &mut *quiesce, link, cancel.clone(), &observer)?;
-        to_value(&report)
+        let mut figures = to_value(&report)?;
+        let dropped = dropped.load(Ordering::Relaxed);
+        if let (Value::Object(figures), 1..) = (&mut figures, dropped) {
+            figures.insert(EVENTS_DROPPED.to_owned(), dropped.into());
+        }
+        Ok(figures)
     }
 }
 

@@ -43,7 +43,10 @@ pub(crate) fn start(
     }
     if let Some((_, entry)) = served {
         let record = entry.frozen_file();
-        if let Some(frozen) = FreezeRecord::read(&record)? {
+        // Of a freeze that is under way the server tells, and its record keeps others off.
+        if let Some(frozen) = FreezeRecord::read(&record)?
+            && !is_under_way(&frozen)
+        {
             return Err(already_frozen(&frozen, entry));
         }
         options.record = Some(record).filter(|_| stops_something);
@@ -54,9 +57,14 @@ pub(crate) fn start(
     Helper::start(options, &variables).map(Some)
 }
 
+/// Whether somebody is at it who will thaw.
+fn is_under_way(frozen: &FreezeRecord) -> bool {
+    frozen.helper.is_running() && frozen.failure.is_none()
+}
+
 fn already_frozen(frozen: &FreezeRecord, entry: &Entry) -> Error {
     let id = entry.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-    if frozen.helper.is_running() {
+    if is_under_way(frozen) {
         return Error::new(ErrorKind::Busy, "the disk is just frozen for another copy or snapshot")
             .advise("wait for its end; `ploop list` shows since when");
     }
@@ -101,7 +109,9 @@ pub(crate) fn thaw(entry: &Entry) -> Result<bool> {
 pub(crate) fn thaw_abandoned(entry: &Entry) -> Result<()> {
     match FreezeRecord::read(&entry.frozen_file())? {
         None => Ok(()),
-        Some(frozen) if frozen.helper.is_running() => Err(already_frozen(&frozen, entry)),
+        Some(frozen) if frozen.helper.is_running() && frozen.failure.is_none() => {
+            Err(already_frozen(&frozen, entry))
+        }
         Some(_) => thaw(entry).map(drop),
     }
 }

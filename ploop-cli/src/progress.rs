@@ -21,6 +21,7 @@ use ploop_core::{Error, ErrorKind, Result, ops};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::copy_service::EVENTS_DROPPED;
 use crate::output::{Output, complain, human_bytes};
 use crate::signals;
 
@@ -59,6 +60,9 @@ enum Seen {
         dirty_bytes: u64,
     },
     Freezing,
+    Warning {
+        message: String,
+    },
     Thawed {
         total_ms: f64,
     },
@@ -152,9 +156,11 @@ impl Progress {
         if let (true, Value::Object(figures)) = (self.is_json, figures) {
             let mut event = serde_json::Map::from_iter([("event".to_owned(), Value::from("done"))]);
             event.extend(figures.clone());
-            let dropped = self.dropped.load(Ordering::Relaxed);
+            // By the server, and here.
+            let by_server = figures.get(EVENTS_DROPPED).and_then(Value::as_u64).unwrap_or(0);
+            let dropped = self.dropped.load(Ordering::Relaxed) + by_server;
             if dropped > 0 {
-                event.insert("events_dropped".to_owned(), dropped.into());
+                event.insert(EVENTS_DROPPED.to_owned(), dropped.into());
             }
             self.last_event(&Value::from(event));
         }
@@ -247,6 +253,7 @@ impl Bars {
             Seen::Freezing => {
                 self.begin("freezing".to_owned(), 1);
             }
+            Seen::Warning { message } => complain(&format!("ploop: warning: {message}\n")),
             Seen::Thawed { total_ms } => {
                 self.name = "thawed".to_owned();
                 self.end(&format!("writers stood still for {total_ms:.1} ms"));

@@ -173,6 +173,8 @@ pub struct HelperQuiesce {
     /// Something is to be undone.
     is_due: bool,
     is_lost: bool,
+    /// What was tried for long, in vain.
+    failure: Option<Error>,
 }
 
 impl HelperQuiesce {
@@ -187,6 +189,7 @@ impl HelperQuiesce {
             number: 0,
             is_due: false,
             is_lost: false,
+            failure: None,
         }
     }
 
@@ -293,29 +296,37 @@ impl Quiesce for HelperQuiesce {
         if !self.is_due {
             return Ok(());
         }
+        // What is given up is not tried again for whoever asks twice: a command that hangs would hang so often.
+        if let Some(failure) = &self.failure {
+            return Err(failure.clone());
+        }
+        self.thaw_once().inspect_err(|error| self.failure = Some(error.clone()))?;
+        self.is_due = false;
+        Ok(())
+    }
+}
+
+impl HelperQuiesce {
+    fn thaw_once(&mut self) -> Result<()> {
         if !self.is_lost {
             let time_max = self.hook_timeout().saturating_mul(THAW_TRIES).saturating_add(THAW_SLACK);
             let thawed = self.ask(Ask::Thaw, Some(time_max));
             if !self.is_lost {
-                thawed?;
-                self.is_due = false;
-                return Ok(());
+                return thawed.map(drop);
             }
         }
         match &self.rescue {
-            Some(rescue) => rescue()?,
+            Some(rescue) => rescue(),
             None => {
                 let frees: Vec<_> =
                     self.ticket.names.iter().map(|name| format!("fsfreeze -u {name}")).collect();
-                return Err(Error::new(
+                Err(Error::new(
                     ErrorKind::NotQuiet,
                     "the process that freezes and thaws is gone: what it has stopped may still stand",
                 )
-                .advise(format!("run the thaw command by hand; {}", frees.join(" && "))));
+                .advise(format!("run the thaw command by hand; {}", frees.join(" && "))))
             }
         }
-        self.is_due = false;
-        Ok(())
     }
 }
 
@@ -437,12 +448,8 @@ fn help(lookout: Lookout) -> Result<()> {
     connection.send(&own, &[])?;
     let mut watching = Watching { what: set_up.watch, lookout, has_looked: false };
     attend(&connection, &mut quiesce, &mut watching);
-    let thawed = if quiesce.is_due() { quiesce.thaw() } else { Ok(()) };
-    if thawed.is_err() {
-        // It has been tried often enough; what stands is written down.
-        std::mem::forget(quiesce);
-    }
-    thawed
+    // What was tried in vain is written down.
+    if quiesce.is_due() { quiesce.thaw() } else { Ok(()) }
 }
 
 /// Looks before each sync, and before writers are stopped if no sync has just come before that.

@@ -287,11 +287,11 @@ pub(super) fn thaw_command(command: &str, mut run: impl FnMut() -> Result<()>) -
                 std::thread::sleep(THAW_PAUSE);
             }
             Err(error) => {
-                let message =
-                    format!("what the freeze command has stopped still stands: {error} ({tries} times)");
+                let message = format!(
+                    "what the freeze command has stopped still stands (tried {tries} times): {error}"
+                );
                 return Err(Error::new(ErrorKind::NotQuiet, message)
-                    .advise(format!("free it by hand: {command}; or try again: ploop thaw DISK"))
-                    .caused_by(error));
+                    .advise(format!("free it by hand: {command}; or try again: ploop thaw DISK")));
             }
         }
     }

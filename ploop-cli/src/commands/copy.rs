@@ -56,8 +56,9 @@ use crate::{freeze_service, leash};
                   final name.\n\n\
                   Exit codes: 0 sent completely (--to and -d: received, verified and durable); with --to and -d that of the \
                   receiver if it fails, such as 1 the target exists, 20 no space; 6 the other end is gone or silent; 7 it lives \
-                  and nothing moves; 13 the stream is damaged; 14 the freeze command failed, the disk does not become quiet or \
-                  the freeze would last too long; 37 in use; 75 nobody here knows whether the copy is in place."
+                  and nothing moves; 13 the stream is damaged; 14 the freeze command failed, the disk does not become quiet, \
+                  something uses it that cannot be frozen, the freeze would last too long, or the thaw failed and the \
+                  message says what still stands; 37 in use; 75 nobody here knows whether the copy is in place."
 )]
 pub(crate) struct Arguments {
     /// What to send: the device, the mount point, the image or the DiskDescriptor.xml of a disk
@@ -91,7 +92,8 @@ pub(crate) struct Arguments {
     #[arg(long = "to", value_name = "COMMAND", requires = "source", conflicts_with = "target")]
     to: Option<String>,
 
-    /// Give up rather than freeze for longer than this, by prediction
+    /// Give up rather than freeze for longer than this, from the end of the freeze command to the thaw: before the freeze
+    /// by prediction, later by the clock
     #[arg(long, value_name = "MILLISECONDS", requires = "source", value_parser = args::integer)]
     max_freeze: Option<u64>,
 
@@ -99,6 +101,10 @@ pub(crate) struct Arguments {
     /// command to the end of the thaw; the freeze command is ended then
     #[arg(long, value_name = "MILLISECONDS", requires = "source", value_parser = args::integer)]
     max_outage: Option<u64>,
+
+    /// Try a freeze that turns out too long again also when that runs the freeze command once more
+    #[arg(long, requires = "freeze_command")]
+    retry_hooks: bool,
 
     /// How long the freeze command may take
     #[arg(long, value_name = "SECONDS", requires = "source", value_parser = args::integer)]
@@ -424,6 +430,12 @@ fn send_disk(arguments: &Arguments, source: &Path, target: Option<&Path>, output
     if figures["as_of"] == AsOf::CrashConsistent.word() {
         output.warn("the copy is crash-consistent, as after a power loss: something that used the disk was not stopped");
     }
+    if !progress.is_watched() {
+        // A person has seen them as they came.
+        for warning in figures["warnings"].as_array().into_iter().flatten() {
+            output.warn(warning.as_str().unwrap_or_default());
+        }
+    }
     if !to_standard_output {
         return output.report(&Sent(figures));
     }
@@ -548,6 +560,7 @@ impl Origin {
         let wishes = Wishes {
             copy_id: Some(*copy_id.as_bytes()),
             outage_ms_max: arguments.max_outage,
+            retry_hooks: arguments.retry_hooks,
             freeze_ms_max: arguments.max_freeze,
             passes_max: arguments.passes.map(|passes| u32::try_from(passes).unwrap_or(u32::MAX)),
             stall_timeout_s: arguments.stall_timeout,

@@ -237,6 +237,7 @@ fn a_thaw_command_that_fails_is_tried_again_and_then_told_loudly() {
     assert_eq!(fs::read_to_string(&tries).unwrap(), "xx");
     let told = copy("always", &thaw(99), 14);
     assert!(told.contains("still stands") && told.contains("printf x"), "{told}");
+    assert_eq!(fs::read_to_string(&tries).unwrap(), "xxx");
     assert!(!is_frozen(&scene.point), "the file system itself goes on");
     let listed = scene.ground.ends_with(0, &["list"]);
     assert!(listed.contains("frozen since") && listed.contains("ploop thaw"), "{listed}");
@@ -322,4 +323,66 @@ fn a_helper_keeps_no_pipe_of_the_command_open() {
     let ended = becomes(|| child.try_wait().unwrap().is_some());
     assert!(ended && child.wait().unwrap().success());
     assert!(target.exists());
+}
+
+#[test]
+fn limits_of_a_freeze_are_kept_and_a_failure_tells_what_was_seen() {
+    let Some(scene) = Scene::new() else { return };
+    let ran = scene.ground.path("ran");
+    let hook = format!("echo x >> {}", ran.display());
+    let copy = |target: &str, options: &[&str], code: i32| {
+        scene.ground.make_folder(target);
+        let target = scene.ground.path(target).join("copy.hds");
+        let line = ["--json", "copy", "-s", text(&scene.point), "-d", text(&target)];
+        scene.ground.ends_with(code, &[&line[..], options].concat())
+    };
+    // Nothing is written: no freeze can be as short as that, and the command need not run to find out.
+    let told = copy("short", &["--max-freeze", "1", "-F", &hook], 14);
+    assert!(!ran.exists() && !told.contains("written to") && !told.contains("was written"), "{told}");
+    // What the command takes is no part of a freeze, but of the outage.
+    let told = copy("freeze", &["--max-freeze", "5000", "-F", "sleep 1"], 0);
+    let report: Value = told
+        .lines()
+        .find_map(|line| {
+            serde_json::from_str(line).ok().filter(|value: &Value| value["downtime"].is_object())
+        })
+        .unwrap();
+    let ms = |name: &str| report["downtime"][name].as_f64().unwrap();
+    assert!(ms("freeze_ms") < 5000.0 && ms("hook_ms") >= 1000.0 && ms("total_ms") >= ms("hook_ms"), "{told}");
+    let child = scene.ground.path("child");
+    let hook = format!("sleep 1000 & echo $! > {}; wait", child.display());
+    let begun = Instant::now();
+    let told = copy("outage", &["--max-outage", "3000", "-F", &hook, "--thaw", "true"], 14);
+    assert!(told.contains("outage may last 3000 ms"), "{told}");
+    println!("given up after {:?}", begun.elapsed());
+    let child: u32 = fs::read_to_string(&child).unwrap().trim().parse().unwrap();
+    scene
+        .ground
+        .wait_until("the freeze command is ended with its group", || !crate::patience::is_running(child));
+    scene.expect_thawed();
+}
+
+#[test]
+fn a_command_that_is_told_to_end_does_not_wait_for_a_reader_of_its_last_words() {
+    let Some(scene) = Scene::new() else { return };
+    let started = scene.ground.path("started");
+    let hook = format!("touch {}; sleep 1000", started.display());
+    let target = scene.ground.path("to/copy.hds");
+    let line =
+        ["--json", "copy", "-s", text(&scene.point), "-d", text(&target), "-F", &hook, "--thaw", "true"];
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+    writer.write_all(&[b'x'; 4096]).unwrap();
+    let mut command = scene.ground.command(&line);
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(writer)).spawn().unwrap();
+    scene.ground.wait_until("the freeze command runs", || started.exists());
+    signal(child.id(), Signal::SIGTERM);
+    let begun = Instant::now();
+    let ended = becomes(|| child.try_wait().unwrap().is_some());
+    let code = child.try_wait().unwrap().and_then(|status| status.code());
+    child.kill().ok();
+    assert!(ended && code != Some(0), "{code:?} after {:?}", begun.elapsed());
+    scene.expect_thawed();
+    drop(reader);
 }

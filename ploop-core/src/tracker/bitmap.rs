@@ -113,6 +113,27 @@ impl DirtyBitmap {
         }
     }
 
+    /// How many bits from `first` to `last` are set.
+    pub(crate) fn count(&self, first: u64, last: u64) -> u64 {
+        let last = last.min(self.bits.saturating_sub(1));
+        if first > last {
+            return 0;
+        }
+        let words = self.levels.first().map_or(&[][..], |level| level);
+        let inside = words.get(index(first / WORD_BITS)..=index(last / WORD_BITS)).unwrap_or_default();
+        let count = |(number, cell): (usize, &AtomicU64)| {
+            let mut word = cell.load(Ordering::Acquire);
+            if number == 0 {
+                word &= !0 << (first % WORD_BITS);
+            }
+            if number + 1 == inside.len() {
+                word &= !0 >> (WORD_BITS - 1 - last % WORD_BITS);
+            }
+            u64::from(word.count_ones())
+        };
+        inside.iter().enumerate().map(count).sum()
+    }
+
     /// Clears the run of set bits that begins at `first`, up to `count_max` of them, and says how many it cleared;
     /// what they stood for must be read only afterwards. Calls exclude each other.
     pub(crate) fn clear(&self, first: u64, count_max: u64) -> u64 {

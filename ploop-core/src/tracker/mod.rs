@@ -151,6 +151,21 @@ impl Tracker {
         self.bitmap.next_set(0).map_or(0, |_| GRANULARITY_BYTES.min(self.disk.len()))
     }
 
+    /// The first dirty byte at or after guest byte `from`, or `from` itself inside a dirty block. A look, no more: it says
+    /// nothing about a moment later.
+    pub fn next_dirty(&self, from: u64) -> Option<u64> {
+        if from >= self.disk.end() {
+            return None;
+        }
+        let block = self.bitmap.next_set(from / GRANULARITY_BYTES)?;
+        Some((block * GRANULARITY_BYTES).max(from)).filter(|&at| at < self.disk.end())
+    }
+
+    /// How many bytes of `extent` are dirty, in whole blocks. As exact as [`next_dirty`](Self::next_dirty).
+    pub fn dirty_bytes_in(&self, extent: Extent) -> u64 {
+        self.blocks(extent).map_or(0, |(first, last)| self.bitmap.count(first, last) * GRANULARITY_BYTES)
+    }
+
     /// Whether nothing is dirty and nothing on loan. Says something about the future only when writers are stopped
     /// and drained. False after [`stop`](Self::stop): a tracker that does not look knows nothing.
     pub fn is_clean(&self) -> bool {
