@@ -309,7 +309,6 @@ fn cancelling_unwinds() {
         passes_max: u32::MAX,
         stalled_max: u32::MAX,
         freeze_ms_wanted: 0,
-        ..ConvergenceOptions::default()
     };
     let mut destination = MemoryDestination::new();
     let (passed, passes) = mpsc::channel();

@@ -259,7 +259,7 @@ pub(crate) fn ask_snapshot(
 ) -> Result<Value> {
     let path = state.descriptor.as_ref().map_or_else(|| entry.path(), |file| &file.path);
     let _watch = (!allowed.no_freeze)
-        .then(|| SpaceWatch::begin(entry, path, "the snapshot", false, output.clone()))
+        .then(|| SpaceWatch::begin(entry, path, "the snapshot", false, *output))
         .transpose()?;
     let (options, claim) = Standing::find(Some(state), allowed)?.split();
     let helper = freeze_service::start(options, Some((state, entry)), &[])?;

@@ -234,12 +234,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
             output.warn(&found.explanation());
         }
         condition = Some(found);
-        let status = status.into_iter().inspect(|status| {
-            status.warnings.iter().for_each(|text| output.warn(text));
-        });
-        if let Some(space) =
-            status.last().and_then(|status| status.space).filter(|_| state.open.snapshot.is_none())
-        {
+        let (space, warnings) = status.map(|status| (status.space, status.warnings)).unwrap_or_default();
+        warnings.iter().for_each(|text| output.warn(text));
+        if let Some(space) = space.filter(|_| state.open.snapshot.is_none()) {
             report = report.with_running_top(&space);
         }
     }

@@ -189,7 +189,7 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
         output: *output,
     }
     .start()?;
-    full_host::tell_log(&disk, output.clone())?;
+    full_host::tell_log(&disk, *output)?;
     start_signal_thread(signals, entry.clone(), Arc::clone(&health))?;
     // Behind the last request of the start: a thaw waits for an answer of this very server.
     freeze_service::thaw_left(entry)?;
