@@ -390,7 +390,12 @@ fn more_waiting_writes_than_buffers_keep_nobody_else_waiting() {
     let waiting: Vec<u64> = (first + 1..first + 20).collect();
     for &cluster in &waiting {
         let size = if cluster % 2 == 0 { 4096 } else { 60_000 };
-        kernel.send(1000 + cluster, 16, &transfer(cluster * CLUSTER, size), &vec![cluster as u8; size]);
+        kernel.send(
+            1000 + cluster,
+            16,
+            &transfer(cluster * CLUSTER, size),
+            &vec![cluster.to_le_bytes()[0]; size],
+        );
     }
     // Reads, writes in place, syncs and discards go on, more than once.
     for round in 0..30u8 {
@@ -421,7 +426,11 @@ fn more_waiting_writes_than_buffers_keep_nobody_else_waiting() {
     assert_eq!(kernel.disk.waiting(), None);
     for &cluster in &waiting {
         let size = if cluster % 2 == 0 { 4096 } else { 60_000 };
-        assert_eq!(kernel.read(cluster * CLUSTER, size), (0, vec![cluster as u8; size]), "{cluster}");
+        assert_eq!(
+            kernel.read(cluster * CLUSTER, size),
+            (0, vec![cluster.to_le_bytes()[0]; size]),
+            "{cluster}"
+        );
     }
     assert!(kernel.disk.statistics().space_waits >= 20);
 }
