@@ -85,6 +85,8 @@ pub fn keep_requests_for_reads(device: &Path) -> bool {
     let requests =
         fs::read_to_string(queue.join("nr_requests")).ok().and_then(|text| text.trim().parse::<u32>().ok());
     let Some(requests) = requests.filter(|&requests| requests >= 4) else { return false };
+    // The driver takes 128; a device that was used before may have a scheduler already, which says more.
+    let requests = requests.min(128);
     fs::write(queue.join("scheduler"), "mq-deadline").is_ok()
         && fs::write(queue.join("iosched/async_depth"), (requests - requests / 4).to_string()).is_ok()
 }
