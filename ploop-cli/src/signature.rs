@@ -152,9 +152,11 @@ mod tests {
 
     #[test]
     fn the_answer_is_understood() {
-        let content = understand("DEVNAME=/dev/x\nLABEL=my\\ disk\nVERSION=1.0\nTYPE=linux_raid_member\n");
+        let content =
+            understand("DEVNAME=/dev/x\nUUID=AB-cd\nLABEL=my\\ disk\nVERSION=1.0\nTYPE=linux_raid_member\n");
         assert_eq!(content.kind.as_deref(), Some("linux_raid_member"));
         assert_eq!(content.label.as_deref(), Some("my disk"));
+        assert_eq!(content.uuid.as_deref(), Some("AB-cd"));
         assert!(content.is_found_from_the_end() && !content.is_nothing());
         assert!(content.name().contains("RAID"));
         assert!(!understand("TYPE=linux_raid_member\nVERSION=1.2\n").is_found_from_the_end());

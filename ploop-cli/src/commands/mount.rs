@@ -312,9 +312,9 @@ fn mount(served: &Served, arguments: &Arguments, point: Option<&Path>, output: &
         check_file_system(&device, arguments, read_only)?;
     }
     let Some(point) = point else { return Ok(device) };
-    let identity = twin::check(&served.state, &device, arguments.allow_twin, output)?;
+    let content = twin::check(&served.state, &device, arguments.allow_twin, output)?;
     let mut options = arguments.options.clone();
-    if arguments.allow_twin && identity.kind.as_deref() == Some("xfs") {
+    if arguments.allow_twin && content.kind.as_deref() == Some("xfs") {
         options = Some(options.map_or_else(|| "nouuid".to_owned(), |options| format!("{options},nouuid")));
     }
     // Remembered first: umount finds it also when somebody unmounts the file system by hand.
