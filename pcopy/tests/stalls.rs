@@ -345,6 +345,8 @@ const HELLO_BYTES: u64 = (wire::HEADER_BYTES + wire::Hello::BYTES) as u64;
 fn signs_of_life_are_not_progress() {
     // A thread of this test may be late, and must not be taken for a silent receiver.
     const STALL: Duration = Duration::from_secs(2);
+    const REPORTS: u32 = 120;
+    const PAUSE: Duration = Duration::from_millis(50);
     let alive = |say: &mut dyn FnMut(Kind, &[u8])| {
         loop {
             say(Kind::Keepalive, &[]);
@@ -368,14 +370,15 @@ fn signs_of_life_are_not_progress() {
     assert!(took >= STALL * CALL_FACTOR && took < STALL * CALL_FACTOR + BUSY, "{took:?}");
     // One that reports work all the time is believed as long as the operator likes, here until it falls silent.
     let (kind, took) = to_puppet(STALL, |say| {
-        for _ in 0..120 {
+        for _ in 0..REPORTS {
             say(Kind::Credit, &HELLO_BYTES.to_le_bytes());
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(PAUSE);
         }
         std::thread::sleep(STALL * 2);
     });
     assert_eq!(kind, ErrorKind::Read);
-    assert!(took >= STALL * 3 + STALL, "{took:?}");
+    // One pause less than reports lies before the last of them.
+    assert!(took >= PAUSE * (REPORTS - 1) + STALL, "{took:?}");
 }
 
 /// Both ends are open, and nobody is there: what `--to 'sleep 1000'` is.
