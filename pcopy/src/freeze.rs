@@ -151,7 +151,7 @@ impl Drop for Frozen<'_> {
 /// A mounted file system, held open: who acts on it acts on this very mount, whatever its path shows meanwhile.
 #[derive(Debug)]
 pub struct MountedFileSystem {
-    /// What people call it: its mount point.
+    /// A way to it that commands can use: its mount point.
     pub name: String,
     /// The root of the mount, opened for reading and verified by whoever found it.
     pub folder: OwnedFd,
@@ -300,6 +300,9 @@ impl LocalQuiesce {
         match (&result, &mut self.record) {
             (Err(error), Some(record)) => {
                 record.failure = Some(error.to_string());
+                if self.frozen.is_empty() {
+                    record.file_systems.clear();
+                }
                 // It says already what is frozen.
                 let _ = self.note();
             }
@@ -535,9 +538,9 @@ mod tests {
         always.hook_begun = false;
         always.begun = None;
         std::fs::write(&tries, "x".repeat(98)).unwrap();
-        assert!(thaw_recorded(&record, || Ok(Vec::new())).unwrap());
+        assert!(thaw_recorded(&record, true, || Ok(Vec::new())).unwrap());
         assert_eq!((count(), record.exists()), (99, false));
-        assert!(!thaw_recorded(&record, || Ok(Vec::new())).unwrap(), "nothing is left");
+        assert!(!thaw_recorded(&record, true, || Ok(Vec::new())).unwrap(), "nothing is left");
     }
 
     #[test]

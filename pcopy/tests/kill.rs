@@ -433,7 +433,7 @@ fn what_a_killed_helper_has_left_is_thawed_by_its_record() {
         });
         let process = helper.ticket.process;
         let path = record.clone();
-        let rescue = Box::new(move || thaw_recorded(&path, || Ok(Vec::new())).map(drop));
+        let rescue = Box::new(move || thaw_recorded(&path, true, || Ok(Vec::new())).map(drop));
         let mut quiesce = HelperQuiesce::new(helper, None, Some(rescue));
         quiesce.run_hook().unwrap();
         quiesce.freeze_file_system().unwrap();

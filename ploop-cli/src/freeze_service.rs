@@ -21,6 +21,7 @@ use ploop_core::device::runtime::{Entry, Failure, RUN_DIR_VARIABLE, State};
 use ploop_core::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 
+use crate::output::Output;
 use crate::quiesce;
 
 /// How long a helper whose server is gone may take to thaw by itself.
@@ -101,18 +102,28 @@ pub(crate) fn attend(
 }
 
 /// Thaws what is written down for a disk, from this process, which must not be its server. Whether anything was.
-pub(crate) fn thaw(entry: &Entry) -> Result<bool> {
-    thaw_recorded(&entry.frozen_file(), || quiesce::file_systems_of(&entry.state()?))
+pub(crate) fn thaw(entry: &Entry, runs_command: bool) -> Result<bool> {
+    thaw_recorded(&entry.frozen_file(), runs_command, || quiesce::file_systems_of(&entry.state()?))
 }
 
-/// Before the disk is unmounted: thaws what is left of a copy or a snapshot; one that is under way is not disturbed.
-pub(crate) fn thaw_abandoned(entry: &Entry) -> Result<()> {
+/// Before the disk is unmounted: thaws what is left of a copy or a snapshot; one that is under way is not disturbed. A thaw
+/// command that fails keeps no disk mounted, once its file systems are free.
+pub(crate) fn thaw_abandoned(entry: &Entry, output: &Output) -> Result<()> {
     match FreezeRecord::read(&entry.frozen_file())? {
         None => Ok(()),
         Some(frozen) if frozen.helper.is_running() && frozen.failure.is_none() => {
             Err(already_frozen(&frozen, entry))
         }
-        Some(_) => thaw(entry).map(drop),
+        Some(_) => match thaw(entry, true) {
+            Err(error)
+                if FreezeRecord::read(&entry.frozen_file())?
+                    .is_some_and(|record| record.file_systems.is_empty()) =>
+            {
+                output.warn(&format!("{error}; the disk is unmounted all the same"));
+                Ok(())
+            }
+            thawed => thawed.map(drop),
+        },
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use pcopy::freeze::{MountedFileSystem, QuiesceOptions};
 use ploop_core::device::runtime::State;
 use ploop_core::{Error, ErrorKind, Result};
-use ploop_server::holders::{Holders, OtherUse};
+use ploop_server::holders::{Holders, OpenedFileSystem, OtherUse};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -218,7 +218,7 @@ impl Rules {
                 match holders.open_file_system(mounted) {
                     Ok(opened) => {
                         frozen.push(opened.device);
-                        file_systems.push(MountedFileSystem { name: opened.name, folder: opened.folder });
+                        file_systems.push(standing(opened));
                     }
                     Err(error) => unfrozen.push(error.to_string()),
                 }
@@ -232,7 +232,7 @@ impl Rules {
                     Ok(opened) if frozen.contains(&opened.device) => {}
                     Ok(opened) => {
                         frozen.push(opened.device);
-                        file_systems.push(MountedFileSystem { name: opened.name, folder: opened.folder });
+                        file_systems.push(standing(opened));
                     }
                     Err(error) => unfrozen.push(error.to_string()),
                 },
@@ -244,15 +244,15 @@ impl Rules {
 
     fn judge(
         &self,
-        file_systems: Vec<MountedFileSystem>,
+        file_systems: Vec<(String, MountedFileSystem)>,
         frozen: Vec<(u64, u64)>,
         unfrozen: Vec<String>,
     ) -> Result<Found> {
-        let names = || file_systems.iter().map(|one| one.name.clone()).collect();
+        let (names, file_systems): (Vec<_>, Vec<_>) = file_systems.into_iter().unzip();
         let (as_of, details) = match (unfrozen.is_empty(), file_systems.is_empty()) {
             (true, true) if self.has_hook => (AsOf::QuiescedByHook, Vec::new()),
             (true, true) => (AsOf::Unused, Vec::new()),
-            (true, false) => (AsOf::FileSystemFrozen, names()),
+            (true, false) => (AsOf::FileSystemFrozen, names),
             (false, _) if self.has_hook => (AsOf::QuiescedByHook, unfrozen),
             (false, _) if self.crash_consistent => (AsOf::CrashConsistent, unfrozen),
             (false, _) => {
@@ -263,6 +263,12 @@ impl Rules {
         };
         Ok(Found { as_of, details, file_systems, frozen })
     }
+}
+
+/// What is frozen, known to commands by a way to it, and what people call it.
+fn standing(opened: OpenedFileSystem) -> (String, MountedFileSystem) {
+    let name = opened.way.display().to_string();
+    (opened.name, MountedFileSystem { name, folder: opened.folder })
 }
 
 impl Found {

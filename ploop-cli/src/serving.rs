@@ -211,7 +211,9 @@ fn start_keeper(entry: &Entry, options: &ServeOptions) -> Result<Child> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0(guarding::process_name("keeper", &name)).arg("keeper");
     let allowed = std::env::var_os(ALLOW_RECLAIM_STALL_VARIABLE).is_some_and(|value| value == "1");
-    if options.allow_reclaim_stall || allowed {
+    // No page is dirtied through a disk that is only looked at, so none waits for it.
+    let only_looks = options.without_device && entry.state()?.open.read_only;
+    if options.allow_reclaim_stall || allowed || only_looks {
         command.arg("--allow-reclaim-stall");
     }
     if options.threads > 0 {

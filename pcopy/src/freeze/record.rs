@@ -193,10 +193,15 @@ pub fn now_ms() -> u64 {
 }
 
 /// Thaws what a record at `path` tells, whoever wrote it: its helper, if it still lives, is ended first, and the freeze
-/// command with it. `mounted` opens the file systems of the disk as they are mounted now. Whether anything was frozen.
+/// command with it. `mounted` opens the file systems of the disk as they are mounted now. Without `runs_command` the thaw
+/// command is not run: what the freeze command stopped was let go by hand. Whether anything was frozen.
 ///
 /// Not to be called by a process that serves the disk: a thaw may wait for it.
-pub fn thaw_recorded(path: &Path, mounted: impl Fn() -> Result<Vec<MountedFileSystem>>) -> Result<bool> {
+pub fn thaw_recorded(
+    path: &Path,
+    runs_command: bool,
+    mounted: impl Fn() -> Result<Vec<MountedFileSystem>>,
+) -> Result<bool> {
     if FreezeRecord::read(path)?.is_none() {
         return Ok(false);
     }
@@ -215,7 +220,14 @@ pub fn thaw_recorded(path: &Path, mounted: impl Fn() -> Result<Vec<MountedFileSy
         // First: what it froze later on would stay frozen.
         end_group(Pid::from_raw(group), || !hook.is_running());
     }
-    let thawed = thaw_file_systems(&record, mounted).and_then(|()| run_thaw_command(&record));
+    let mut thawed = thaw_file_systems(&record, mounted);
+    if thawed.is_ok() {
+        // Whatever the command does, these are free.
+        record.file_systems.clear();
+        if runs_command {
+            thawed = run_thaw_command(&record);
+        }
+    }
     match thawed {
         Ok(()) => FreezeRecord::remove(path).map(|()| true),
         Err(error) => {
@@ -291,7 +303,9 @@ pub(super) fn thaw_command(command: &str, mut run: impl FnMut() -> Result<()>) -
                     "what the freeze command has stopped still stands (tried {tries} times): {error}"
                 );
                 return Err(Error::new(ErrorKind::NotQuiet, message)
-                    .advise(format!("free it by hand: {command}; or try again: ploop thaw DISK")));
+                    .advise(format!(
+                        "free it by hand: {command}, and say so: ploop thaw --freed DISK; or try again: ploop thaw DISK"
+                    )));
             }
         }
     }

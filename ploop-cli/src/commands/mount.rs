@@ -198,6 +198,13 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
 /// Serves a disk and mounts it where that is asked for. Whatever fails is undone.
 pub(crate) fn serve(arguments: &Arguments, output: &Output) -> Result<Mounted> {
     let read_only = arguments.read_only || is_snapshot(arguments.snapshot.as_deref());
+    if !read_only && !arguments.parents.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Parameter,
+            "--allow-parent: what stands on images outside of the bundle is only read",
+        )
+        .advise("mount it with -r, or make a disk of its own of it: ploop import --allow-parent DIR"));
+    }
     let request = open::resolve(&Wanted {
         disks: arguments.disks.clone(),
         read_only,

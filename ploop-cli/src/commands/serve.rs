@@ -159,7 +159,12 @@ fn serve(entry: &Entry, arguments: &Arguments, output: &Output) -> Result<()> {
     })?;
     let serving = Serving::start(fuse, Arc::clone(&disk), Arc::clone(&survivor), &options)?;
     survivor.set_ready()?;
-    let (images, descriptor) = (open::files_of(&disk.chain())?, open::descriptor_in(folder.as_deref()));
+    let images = match disk.chain().storage(disk.chain().top()).descriptor() {
+        Some(_) => open::files_of(&disk.chain())?,
+        // Joined parts: the chain does not tell their files.
+        None => open::files(&request)?.1,
+    };
+    let descriptor = open::descriptor_in(folder.as_deref());
     let name = request.descriptor.clone().or_else(|| images.last().map(|image| image.path.clone()));
     let remember = {
         let (entry, size_bytes) = (entry.clone(), disk.size_bytes());

@@ -23,6 +23,10 @@ use crate::output::{Output, Report};
                         Exit codes: 14 it still stands, and the message says what frees it; 40 the disk is not mounted."
 )]
 pub(crate) struct Arguments {
+    /// What the freeze command has stopped was let go by hand: the thaw command is not run
+    #[arg(long)]
+    freed: bool,
+
     /// The device, the mount point, the image or the DiskDescriptor.xml of a mounted disk
     #[arg(value_name = "DISK")]
     disk: PathBuf,
@@ -62,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
     })?;
     let entry = runtime.entry(&state.id);
     let record = FreezeRecord::read(&entry.frozen_file())?;
-    let thawed = freeze_service::thaw(&entry)?;
+    let thawed = freeze_service::thaw(&entry, !arguments.freed)?;
     let file_systems =
         record.iter().flat_map(|record| &record.file_systems).map(|frozen| frozen.name.clone());
     output.report(&Thawed {

@@ -138,7 +138,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Outcome {
         output.warn(&format!("{}: how full the disk is was not remembered: {cause}", folder.display()));
     }
     // A file system that is unmounted while it is frozen stays so, where nobody can thaw it.
-    freeze_service::thaw_abandoned(&runtime.entry(&state.id))?;
+    freeze_service::thaw_abandoned(&runtime.entry(&state.id), output)?;
     if let Some(device) = &state.loop_device {
         unmount_all(device)?;
     }

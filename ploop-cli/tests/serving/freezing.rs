@@ -255,7 +255,17 @@ fn a_thaw_command_that_fails_is_tried_again_and_then_told_loudly() {
     let list: Value = serde_json::from_str(&scene.ground.ends_with(0, &["--json", "list"])).unwrap();
     let disk = &list["disks"][0];
     assert!(disk["frozen_since_ms"].is_u64() && disk["thaw_failure"].is_string(), "{list}");
-    fs::remove_file(scene.ground.runtime().entry(&state.id).frozen_file()).unwrap();
+    let record = fs::read_to_string(scene.ground.runtime().entry(&state.id).frozen_file()).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(record["file_systems"], serde_json::json!([]), "nothing is called frozen that is not");
+    // Whoever has let it go by hand says so.
+    assert!(told.contains("ploop thaw --freed"), "{told}");
+    scene.ground.ends_with(0, &["thaw", "--freed", text(&scene.point)]);
+    scene.expect_thawed();
+    // A command that never succeeds keeps no disk mounted.
+    copy("never", "false", 14);
+    let told = scene.ground.ends_with(0, &["umount", text(&scene.point)]);
+    assert!(told.contains("unmounted all the same"), "{told}");
 }
 
 #[test]

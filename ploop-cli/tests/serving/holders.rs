@@ -452,7 +452,7 @@ fn a_disk_that_is_half_unmounted_or_unprotected_is_listed_as_that() {
         let listed: Value = serde_json::from_str(&ground.ends_with(0, &["--json", "list"])).unwrap();
         let line = &listed["disks"][0];
         let word = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
-        (word("health"), word("advice"))
+        (word("health"), line["condition"]["advice"].as_str().unwrap_or_default().to_owned())
     };
     assert_eq!(health(), ("running".to_owned(), String::new()));
     let reader = File::open(&device).unwrap();
@@ -464,10 +464,12 @@ fn a_disk_that_is_half_unmounted_or_unprotected_is_listed_as_that() {
     ground.wait_until("the device has gone", || health().0 == "deviceless");
     ground.ends_with(0, &["umount", text(&image)]);
     ground.mount(&[text(&image)]);
-    signal(ground.state().keeper.unwrap().id, Signal::SIGKILL);
-    ground
-        .wait_until("the keeper's death is seen", || matches!(health().0.as_str(), "unprotected" | "failed"));
-    assert_ne!(health().1, "");
+    let lost = ground.state().keeper.unwrap();
+    signal(lost.id, Signal::SIGKILL);
+    // Unguarded for a moment (`takeover.rs` looks at that), then another one has come.
+    ground.wait_until("another keeper holds the disk", || {
+        ground.state().keeper.is_some_and(|keeper| keeper != lost) && health().0 == "running"
+    });
 }
 
 #[test]

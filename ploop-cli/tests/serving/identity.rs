@@ -99,7 +99,7 @@ fn another_file_in_the_place_of_the_image_is_never_served() {
     assert!(fs::read(&case.image).unwrap() == foreign, "the other file was written to");
     assert!(case.ground.logs().contains("names other files"), "{}", case.ground.logs());
     // Nothing that goes by names touches the other file either.
-    let told = case.ground.ends_with(17, &["snapshot", text(case.folder())]);
+    let told = case.ground.ends_with(17, &["snapshot", "--crash-consistent", text(case.folder())]);
     assert!(told.contains("other images"), "{told}");
     assert!(fs::read(&case.image).unwrap() == foreign);
     // What has no name is not thrown away by an unmount.
@@ -136,7 +136,7 @@ fn a_folder_that_was_renamed_is_followed() {
     let listed = case.ground.ends_with(0, &["list"]);
     assert!(listed.contains(text(&moved)), "{listed}");
     // Commands on the snapshots find it, too.
-    case.ground.ends_with(0, &["snapshot", text(&moved)]);
+    case.ground.ends_with(0, &["snapshot", "--crash-consistent", text(&moved)]);
     case.ground.kill_server_and_wait();
     case.ends_whole_at(&moved);
 }
@@ -153,7 +153,7 @@ fn another_disk_in_the_place_of_the_folder_is_left_alone() {
     let status = case.ground.ends_with(0, &["snapshot-list", text(foreign.parent().unwrap())]);
     println!("{status}");
     case.dies_twice();
-    case.ground.ends_with(0, &["snapshot", text(&case.device)]);
+    case.ground.ends_with(0, &["snapshot", "--crash-consistent", text(&case.device)]);
     case.ground.kill_server_and_wait();
     assert!(fs::read(&foreign).unwrap() == before);
     assert_eq!(
@@ -220,7 +220,7 @@ fn an_older_descriptor_does_not_matter_to_what_is_served() {
     let Some(case) = Case::new() else { return };
     let descriptor = case.folder().join("DiskDescriptor.xml");
     let older = fs::read(&descriptor).unwrap();
-    case.ground.ends_with(0, &["snapshot", text(&descriptor)]);
+    case.ground.ends_with(0, &["snapshot", "--crash-consistent", text(&descriptor)]);
     let right = fs::read(&descriptor).unwrap();
     case.write_pending(2);
     fs::write(&descriptor, older).unwrap();
@@ -239,7 +239,7 @@ fn an_older_descriptor_does_not_matter_to_what_is_served() {
 #[test]
 fn a_new_file_below_a_running_disk_does_not_matter() {
     let Some(case) = Case::new() else { return };
-    case.ground.ends_with(0, &["snapshot", text(case.folder())]);
+    case.ground.ends_with(0, &["snapshot", "--crash-consistent", text(case.folder())]);
     case.write_pending(2);
     // An update of the template: another file of the same name.
     let other = case.ground.create("other", 64, 64);

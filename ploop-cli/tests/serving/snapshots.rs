@@ -19,32 +19,13 @@ use crate::ground::{Direct, Ground, can_take_over, program, signal, text};
 use crate::guests::{Blocks, Guest, beside};
 use crate::patience::PATIENCE;
 
-/// Asks the server of a disk to make a snapshot; freezes the file system at `point` as it is told to.
+/// A snapshot: of the file system at `point` by the command, which has it frozen; else asked of the server, as it runs.
 fn snapshot(ground: &Ground, point: Option<&Path>) -> ploop_core::Result<Value> {
-    let connection = Connection::open(&ground.socket())?;
-    let mut is_frozen = false;
-    let made = connection.ask("snapshot", &json!({}), &[], Some(PATIENCE), |asked| {
-        match (asked["ask"].as_str().unwrap(), point) {
-            ("sync", Some(point)) => drop(program("sync", &["-f", text(point)])),
-            ("freeze", Some(point)) => {
-                program("fsfreeze", &["-f", text(point)]);
-                is_frozen = true;
-            }
-            ("thaw", Some(point)) if is_frozen => {
-                program("fsfreeze", &["-u", text(point)]);
-                is_frozen = false;
-            }
-            _ => {}
-        }
-        // A server that was killed does not listen.
-        let _ = connection.send(&json!({"done": point.is_some()}), &[]);
-    });
-    if let Some(point) = point
-        && is_frozen
-    {
-        program("fsfreeze", &["-u", text(point)]);
+    if let Some(point) = point {
+        return Ok(serde_json::from_str(&ground.ends_with(0, &["--json", "snapshot", text(point)])).unwrap());
     }
-    made
+    let connection = Connection::open(&ground.socket())?;
+    connection.ask("snapshot", &json!({"writing": "go_on"}), &[], Some(PATIENCE), |_| {})
 }
 
 fn delete(ground: &Ground, guid: &str) -> ploop_core::Result<Value> {
@@ -233,10 +214,22 @@ fn a_full_host_and_other_jobs_are_told_and_the_disk_goes_on() {
     direct.write(0, 65536, 1).unwrap();
     // A descriptor that somebody else works on: nothing is changed.
     let connection = Connection::open(&ground.socket()).unwrap();
-    let wrong = connection.ask("snapshot", &json!({"snapshot": "no guid"}), &[], Some(PATIENCE), |_| {});
+    let wrong = connection.ask(
+        "snapshot",
+        &json!({"snapshot": "no guid", "writing": "go_on"}),
+        &[],
+        Some(PATIENCE),
+        |_| {},
+    );
     assert!(wrong.is_err());
     let taken = name(&snapshot(&ground, None).unwrap());
-    let again = connection.ask("snapshot", &json!({"snapshot": taken}), &[], Some(PATIENCE), |_| {});
+    let again = connection.ask(
+        "snapshot",
+        &json!({"snapshot": taken, "writing": "go_on"}),
+        &[],
+        Some(PATIENCE),
+        |_| {},
+    );
     assert_eq!(again.unwrap_err().kind(), ploop_core::ErrorKind::Parameter);
     direct.write(65536, 65536, 2).unwrap();
     direct.expect(0, 65536, 1);

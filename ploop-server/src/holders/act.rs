@@ -29,6 +29,8 @@ const BUSY_LOOK: Duration = Duration::from_millis(50);
 pub struct OpenedFileSystem {
     /// For people: mount point and device, and the namespace if it is another.
     pub name: String,
+    /// A way to it from here, for commands: its mount point, through a process of its namespace if that is another.
+    pub way: PathBuf,
     /// Major and minor number by which the table of mounts knows it.
     pub device: (u64, u64),
     /// Where it is mounted, from the root of the namespace it was found in; nothing if it is nowhere.
@@ -50,6 +52,7 @@ impl Holders {
         }
         Ok(OpenedFileSystem {
             name: other.to_string(),
+            way: way.clone(),
             device: node.number,
             point: PathBuf::new(),
             folder: file,
@@ -64,6 +67,7 @@ impl Holders {
         let mut failure = None;
         let opened = |mounted: &Mounted, folder| OpenedFileSystem {
             name: mounted.to_string(),
+            way: mounted.namespace.way_to(&mounted.mount.point),
             device,
             point: mounted.mount.point.clone(),
             folder,
