@@ -133,6 +133,12 @@ mod tests {
         assert_eq!(image.read_at(0, &mut found).unwrap(), LEN);
         assert!(found.iter().all(|byte| *byte == 7));
         std::fs::remove_file(path).unwrap();
+        if let Some(process) = openers::hidden_process().unwrap() {
+            assert_eq!(punch_all(&*image, &mut pace, &Silent), None, "it could have the file open");
+            let why = format!("process {process} may not be looked into, and could have the files open");
+            ploop_testing::skip(ploop_testing::Need::Other, why);
+            return;
+        }
         if punch_all(&*image, &mut pace, &Silent).is_none() {
             ploop_testing::skip(
                 ploop_testing::Need::Other,
