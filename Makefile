@@ -30,7 +30,7 @@ endef
 .PHONY: demo test check crash chaos fuzz bench guest docs nightly loom packages bench-packages clean
 
 demo: packages
-	@$(CARGO) build --release --quiet --package ploop-cli --package pcopy --example demo
+	@$(CARGO) build --release --quiet --package ploop-cli --package pcopy --bins --example demo
 	@./target/release/examples/demo
 
 test: packages check
